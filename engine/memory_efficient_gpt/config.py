@@ -1,0 +1,79 @@
+"""Settings of an engine: frozen, validated together, no torch.
+
+Purpose: what a user may choose when a model is loaded into an engine.
+Does not know: the model's own architecture config, the server's settings, devices' state.
+Invariant: nothing mutates a config; "auto" (None) resolves to a new value that is logged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from memory_efficient_gpt.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+
+BLOCK_SIZE_CPU: Final = 16
+BLOCK_SIZE_CUDA: Final = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How one model is loaded and served.
+
+    model: a bundled model's name, a Hugging Face folder, or a hub id.
+    device: "auto", "cpu", "cuda" or "cuda:N".
+    max_model_len: positions of a request (prompt + output); None takes the model's own limit.
+    kv_cache_bytes: size of the KV pool in bytes; None sizes it from `max_num_seqs` and free memory.
+    num_kv_blocks: the pool in blocks instead of bytes (tests, benchmarks).
+    block_size: tokens of a KV block; None takes 16 on CPU, 64 on CUDA.
+    max_num_seqs: sequences computed together.
+    max_batched_tokens: tokens of one step; longer prompts are computed in chunks.
+    num_threads: CPU threads of this engine; None leaves torch's choice.
+    overlap: whether a step is launched before the last one's tokens are read; None: only on CUDA.
+    native_kernels: whether the C++ CPU kernels may be used.
+    tier: force "B" (packed paged) or "C" (transformers' own cache); None lets the probe decide.
+    """
+
+    model: str
+    revision: str | None = None
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    kv_cache_dtype: KVCacheDtype = "auto"
+    max_model_len: int | None = None
+    kv_cache_bytes: int | None = None
+    num_kv_blocks: int | None = None
+    block_size: int | None = None
+    max_num_seqs: int = 64
+    max_batched_tokens: int = 2048
+    prefix_cache: bool = True
+    num_threads: int | None = None
+    overlap: bool | None = None
+    native_kernels: bool = True
+    tier: Literal["B", "C"] | None = None
+    debug_checks: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError listing every problem."""
+        problems = [
+            f"{name} must be at least {least}, got {value}."
+            for name, least in _MINIMA
+            if (value := getattr(self, name)) is not None and value < least
+        ]
+        if self.kv_cache_bytes is not None and self.num_kv_blocks is not None:
+            problems.append("kv_cache_bytes and num_kv_blocks both size the KV pool; give one.")
+        if problems:
+            raise ConfigError(problems)
+
+
+_MINIMA: Final = (
+    ("max_model_len", 2),
+    ("kv_cache_bytes", 1),
+    ("num_kv_blocks", 2),
+    ("block_size", 1),
+    ("max_num_seqs", 1),
+    ("max_batched_tokens", 1),
+    ("num_threads", 1),
+)

@@ -1,0 +1,55 @@
+"""What an engine says of itself: plain data that crosses processes, no torch.
+
+Purpose: the facts of a loaded model and the counters of a running engine.
+Does not know: how either came about.
+Invariant: every field is a plain number, string or tuple, so that it fits a msgpack frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """A loaded model. Sizes in bytes; `tier` and `tier_reason` say how it is run and why."""
+
+    model: str
+    architecture: str
+    tier: str
+    tier_reason: str
+    dtype: str
+    device: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    num_kv_blocks: int
+    block_size: int
+    kv_cache_dtype: str
+    weights_bytes: int
+    kv_cache_bytes: int
+    attention_backend: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """Counters since the engine began (totals) and its present state (num_running .. num_cached_blocks).
+
+    host_seconds: time of steps spent outside the model's forward and sampling.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_kv_blocks: int = 0
+    num_free_blocks: int = 0
+    num_cached_blocks: int = 0
+    prefix_queries_tokens: int = 0
+    prefix_hits_tokens: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    host_seconds: float = 0.0
+    last_step_s: float = 0.0

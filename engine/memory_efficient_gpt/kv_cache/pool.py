@@ -1,0 +1,94 @@
+"""The tensors behind the KV blocks.
+
+Purpose: allocate one cache a layer, attach it to its attention module, copy blocks.
+Does not know: which block belongs to whom.
+Invariant: a block number means the same tokens in every layer.
+
+Letters: N blocks, BS tokens of a block, H kv heads, D head size (key's and value's may differ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from memory_efficient_gpt.kv_cache.geometry import LayerKV
+
+_SCALE_BYTES = 4
+
+
+@dataclass(slots=True)
+class LayerCache:
+    """One layer's part of the KV pool; attached to its attention module as `paged_kv`.
+
+    key `[N, BS, H, Dk]`, value `[N, BS, H, Dv]` (float32, bfloat16, float16 or int8);
+    scales `[N, BS, H] float32` with int8 only: x = scale * q, one scale per token and head.
+    """
+
+    spec: LayerKV
+    key: torch.Tensor
+    value: torch.Tensor
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
+
+
+def block_bytes(layers: Sequence[LayerKV], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, int8's scales included."""
+    total = 0
+    for layer in layers:
+        total += layer.num_kv_heads * (layer.key_dim + layer.value_dim) * dtype.itemsize
+        if dtype == torch.int8:
+            total += 2 * layer.num_kv_heads * _SCALE_BYTES
+    return total * block_size
+
+
+class KVPool:
+    """One `[N, BS, H, D]` key and value tensor a layer, zero at first (untouched pages cost nothing)."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerKV],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.dtype = dtype
+        self.num_bytes = num_blocks * block_bytes(layers, block_size, dtype)
+        self.caches = [_layer_cache(layer, num_blocks, block_size, dtype, device) for layer in layers]
+
+    def attach(self, model: nn.Module) -> None:
+        """Give each attention module its cache as `paged_kv` (a plain attribute: not saved, not moved)."""
+        for cache in self.caches:
+            object.__setattr__(model.get_submodule(cache.spec.module), "paged_kv", cache)
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks (source, target) in every layer; targets are overwritten."""
+        device = self.caches[0].key.device
+        source, target = torch.tensor(copies, dtype=torch.int64).T.to(device)
+        for cache in self.caches:
+            for tensor in (cache.key, cache.value, cache.key_scale, cache.value_scale):
+                if tensor is not None:
+                    tensor[target] = tensor[source]
+
+
+def _layer_cache(
+    layer: LayerKV, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> LayerCache:
+    shape = (num_blocks, block_size, layer.num_kv_heads)
+
+    def scales() -> torch.Tensor | None:
+        return torch.zeros(shape, dtype=torch.float32, device=device) if dtype == torch.int8 else None
+
+    return LayerCache(
+        spec=layer,
+        key=torch.zeros((*shape, layer.key_dim), dtype=dtype, device=device),
+        value=torch.zeros((*shape, layer.value_dim), dtype=dtype, device=device),
+        key_scale=scales(),
+        value_scale=scales(),
+    )

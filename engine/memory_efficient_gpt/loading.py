@@ -1,0 +1,208 @@
+"""From a model's name to a checked checkpoint folder and a loaded transformers model.
+
+Purpose: find the folder, check its files before anything is built, load the weights.
+Does not know: KV caches, schedulers, how the model is run.
+Invariant: only safetensors are read, no remote code runs, and what is damaged is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memory_efficient_gpt.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_MAX_HEADER_BYTES = 100_000_000
+_DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
+
+
+def bundled_models() -> dict[str, Path]:
+    """The models that come with the package: name -> folder."""
+    root = Path(str(resources.files("memory_efficient_gpt"))) / "bundled"
+    return {p.name: p for p in sorted(root.iterdir()) if (p / "config.json").is_file()}
+
+
+def resolve_model(name: str, revision: str | None = None) -> Path:
+    """The checkpoint folder of a bundled model's name, a path, or a hub id (downloaded if it must be).
+
+    Raises ModelNotFoundError saying where it looked.
+    """
+    bundled = bundled_models()
+    if name in bundled:
+        return bundled[name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ModelNotFoundError(
+            f"model {name!r} is neither a folder nor a bundled model ({', '.join(bundled)}). "
+            "Give a folder with config.json and *.safetensors, or a hub id like org/name.",
+            param="model",
+        )
+    return _download(name, revision)
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # no network, offline mode, unknown id: all say why
+        raise ModelNotFoundError(
+            f"model {repo_id!r} is not a folder here and could not be fetched from the hub: {error}",
+            param="model",
+        ) from error
+
+
+def check_checkpoint(folder: Path) -> list[Path]:
+    """Check config.json and every weight file's header against its size; returns the weight files.
+
+    Takes milliseconds: it reads headers, not weights. Raises CheckpointError naming the file.
+    """
+    _read_json(folder / "config.json")
+    if (folder / _INDEX).is_file():
+        index = _read_json(folder / _INDEX)
+        names = sorted(set(index.get("weight_map", {}).values()))
+        if not names:
+            raise CheckpointError(f"{folder / _INDEX} lists no weight files (empty or no weight_map).")
+        files = [folder / name for name in names]
+    else:
+        files = [folder / _SINGLE]
+    missing = [str(f) for f in files if not f.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"weight file missing: {', '.join(missing)}. Only safetensors are loaded; "
+            "copy the file again or convert the checkpoint to safetensors."
+        )
+    for file in files:
+        _check_safetensors(file)
+    return files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: not a Hugging Face model folder.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, not a JSON object.")
+    return data
+
+
+def _check_safetensors(path: Path) -> None:
+    """The header must parse, and its tensors fill the file to the last byte."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{path} is not a safetensors file or is cut off: its header claims {length:,} bytes, "
+                f"the file has {size:,}. Copy it again."
+            )
+        try:
+            header = json.loads(file.read(length))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            ends = [_check_entry(path, name, entry) for name, entry in entries.items()]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path} has a damaged safetensors header: {error}.") from error
+    expected = 8 + length + max(ends, default=0)
+    if expected != size:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes but its header describes {expected:,}: "
+            "it is truncated or damaged. Copy it again."
+        )
+
+
+def _check_entry(path: Path, name: str, entry: dict[str, Any]) -> int:
+    begin, end = entry["data_offsets"]
+    num_bytes = _DTYPE_BYTES.get(entry["dtype"])
+    for extent in entry["shape"]:
+        num_bytes = None if num_bytes is None else num_bytes * int(extent)
+    if begin < 0 or end < begin or (num_bytes is not None and end - begin != num_bytes):
+        raise CheckpointError(
+            f"{path}: tensor {name!r} takes {end - begin:,} bytes, its shape needs {num_bytes:,}."
+        )
+    return int(end)
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The model's config, of a class that transformers itself has. Raises UnsupportedModelError."""
+    from transformers import AutoConfig
+
+    raw = _read_json(folder / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'}: model_type {raw.get('model_type')!r} cannot be loaded: "
+            f"{_first_line(error)}"
+        ) from error
+    return config.get_text_config()
+
+
+def load_model(
+    folder: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device, attention: str
+) -> PreTrainedModel:
+    """The model with its weights on `device`, in eval mode, nothing requiring gradients.
+
+    Raises CheckpointError when weights are missing or have other shapes than the config says.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map=None if device.type == "cpu" else {"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise CheckpointError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
+    _refuse_incomplete(folder, report)
+    return model.eval().requires_grad_(False)
+
+
+def _refuse_incomplete(folder: Path, report: dict[str, Any]) -> None:
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} weights that config.json asks for are not in the files: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}."
+        )
+    if report.get("mismatched_keys"):
+        raise CheckpointError(
+            f"{folder}: weights have other shapes than config.json says: {sorted(report['mismatched_keys'])[:3]}."
+        )
+    unexpected: Sequence[str] = sorted(report.get("unexpected_keys", ()))
+    if unexpected:
+        logger.warning("%s: %d weights are not used by this architecture", folder, len(unexpected))
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

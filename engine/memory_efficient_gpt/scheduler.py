@@ -1,0 +1,378 @@
+"""What the next step computes: one token budget shared by decodes and prompt chunks. No torch.
+
+Purpose: admit, chunk, preempt and finish sequences; own the block allocator.
+Does not know: token values before `commit`, tensors, text, time.
+Invariant: every planned position has a block that only its sequence may write; at least one token of
+every admitted sequence is computed (the prefix cache never covers a whole prompt).
+
+There are no prefill and decode phases: each running sequence has positions that are not computed
+yet, one when it decodes and many when its prompt is new, and `plan` hands out the budget: decodes
+first, then prompts under way, then new ones. When blocks run out the newest sequence gives up all of
+its own and is computed again later; with the prefix cache, most of that is found again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from memory_efficient_gpt.engine_info import EngineStats
+from memory_efficient_gpt.kv_cache.blocks import TRASH_BLOCK, BlockAllocator
+from memory_efficient_gpt.request import FinishReason, SequenceEvent, TokenLogprob
+from memory_efficient_gpt.sequence import Chunk, Sample, Sequence, Status, Step, StepOutcome
+from memory_efficient_gpt.waiting import WaitingQueue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of a step. `window`: if set, every layer sees only that many tokens back.
+
+    `forks`: whether the n sequences of a request may share their prompt's KV.
+    """
+
+    max_num_seqs: int
+    max_batched_tokens: int
+    window: int | None = None
+    forks: bool = True
+    variant: str = ""
+
+
+class Scheduler:
+    """Plans steps over sequences; `plan` and `commit` alternate, with at most one step in between."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        allocator: BlockAllocator,
+        is_stop: Callable[[Sequence, int], bool],
+    ) -> None:
+        self._config = config
+        self._allocator = allocator
+        self._is_stop = is_stop
+        self._waiting = WaitingQueue()
+        self._running: list[Sequence] = []
+        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._live: dict[str, list[Sequence]] = {}
+        self.stats = EngineStats(num_kv_blocks=allocator.num_blocks - 1)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is waiting or running."""
+        return bool(self._live)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._live
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Queue a request's sequences; those after the first are forked from it where possible."""
+        first = sequences[0]
+        self._live[first.request.id] = list(sequences)
+        self._waiting.arrived(first.request.client, len(sequences))
+        if len(sequences) > 1 and self._config.forks and len(sequences) <= self._config.max_num_seqs:
+            first.siblings = tuple(sequences[1:])
+        for seq in sequences[: 1 if first.siblings else None]:
+            self._waiting.add(seq)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request's sequences (or one of them) and free their blocks now."""
+        for seq in list(self._live.get(request_id, ())):
+            if index is None or seq.index == index:
+                self._abort(seq)
+
+    def plan(self) -> Step | None:
+        """The next step, or None when nothing can be computed now. Takes blocks, may preempt."""
+        step = Step()
+        preempted = False
+        candidates = [s for s in self._running if s.num_unscheduled > 0 and not s.exhausted]
+        candidates.sort(key=lambda s: not s.decoding)  # stable: decodes first, each by age
+        for position, seq in enumerate(candidates):
+            if seq.status is not Status.RUNNING:
+                continue
+            room = self._config.max_batched_tokens - step.num_tokens
+            num_tokens = min(seq.num_unscheduled, self._chunk_limit(room, others=len(candidates) > 1))
+            if num_tokens <= 0:
+                continue
+            victims = [c for c in candidates[position + 1 :] if c.status is Status.RUNNING]
+            freed = self._make_room(seq, num_tokens, victims)
+            preempted |= freed
+            if seq.status is Status.RUNNING:
+                self._schedule(step, seq, num_tokens)
+        if not preempted:
+            self._admit(step)
+        return step if step.chunks else None
+
+    def commit(self, step: Step, outcome: StepOutcome) -> list[SequenceEvent]:
+        """Take in what a step gave: append tokens, cache full blocks, finish what is done."""
+        for number, chunk in enumerate(step.chunks):
+            self._commit_chunk(chunk, outcome.prompt_logprobs.get(number))
+        events = []
+        for number, sample in enumerate(step.samples):
+            seq = sample.seq
+            if seq.status is Status.FINISHED:
+                continue
+            seq.in_flight -= 1
+            events.append(self._commit_token(seq, number, outcome))
+        return events
+
+    def snapshot(self) -> EngineStats:
+        """Fill in and return the present state."""
+        self.stats.num_running = len(self._running)
+        self.stats.num_waiting = len(self._waiting)
+        self.stats.num_free_blocks = self._allocator.num_free
+        self.stats.num_cached_blocks = self._allocator.num_cached
+        return self.stats
+
+    def check_integrity(self) -> None:
+        """Assert every invariant (tests, debug mode)."""
+        self._allocator.check_integrity([s.blocks for s in self._running])
+        slots = [s.slot for s in self._running]
+        assert None not in slots and len(set(slots)) == len(slots)
+        assert len(slots) + len(self._free_slots) == self._config.max_num_seqs
+        for seq in self._waiting:
+            assert seq.status is Status.WAITING and not seq.blocks and seq.num_scheduled == 0
+        for seq in self._running:
+            assert seq.status is Status.RUNNING
+            assert seq.num_committed <= seq.num_scheduled <= seq.total_len
+            assert len(seq.blocks) * self._allocator.block_size >= seq.num_scheduled
+
+    # Planning
+
+    def _chunk_limit(self, room: int, *, others: bool) -> int:
+        """Tokens one sequence may take: all of the room alone, a quarter of a step beside others."""
+        if not others and not len(self._waiting):
+            return room
+        return min(room, max(self._config.max_batched_tokens // 4, self._allocator.block_size))
+
+    def _make_room(self, seq: Sequence, num_tokens: int, victims: list[Sequence]) -> bool:
+        """Free blocks until `seq` can be extended, newest victim first, itself last; True if any fell."""
+        preempted = False
+        while self._blocks_missing(seq, num_tokens) > self._allocator.num_free:
+            preempted = True
+            self._preempt(victims.pop() if victims else seq)
+            if seq.status is not Status.RUNNING:
+                break
+        return preempted
+
+    def _blocks_missing(self, seq: Sequence, num_tokens: int) -> int:
+        size = self._allocator.block_size
+        missing = -(-(seq.num_scheduled + num_tokens) // size) - len(seq.blocks)
+        return missing + (self._shared_write(seq) is not None)
+
+    def _shared_write(self, seq: Sequence) -> int | None:
+        """Index of the block that the next position falls into, if another sequence holds it too."""
+        index = seq.num_scheduled // self._allocator.block_size
+        if index < len(seq.blocks) and self._allocator.refcount(seq.blocks[index]) > 1:
+            return index
+        return None
+
+    def _schedule(self, step: Step, seq: Sequence, num_tokens: int) -> None:
+        self._extend(step, seq, num_tokens)
+        wanted = seq.request.params.prompt_logprobs if seq.index == 0 else None
+        if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) >= seq.prompt_len:
+            wanted = None
+        step.chunks.append(Chunk(seq, seq.num_scheduled, num_tokens, seq.epoch, wanted))
+        step.num_tokens += num_tokens
+        seq.num_scheduled += num_tokens
+        if seq.num_unscheduled == 0:
+            self._plan_sample(step, seq)
+
+    def _extend(self, step: Step, seq: Sequence, num_tokens: int) -> None:
+        shared = self._shared_write(seq)
+        if shared is not None:  # copy on write
+            source = seq.blocks[shared]
+            target = self._allocator.allocate()
+            step.copies.append((source, target))
+            self._allocator.release([source])
+            seq.blocks[shared] = target
+            seq.dirty_from = min(seq.dirty_from, shared)
+        for _ in range(self._blocks_missing(seq, num_tokens)):
+            seq.blocks.append(self._allocator.allocate())
+
+    def _plan_sample(self, step: Step, seq: Sequence) -> None:
+        chunk = len(step.chunks) - 1
+        forked, seq.siblings = seq.siblings, ()
+        for sibling in forked:
+            self._fork(seq, sibling)
+        for member in (seq, *forked):
+            step.samples.append(Sample(member, chunk, member.num_outputs))
+            member.in_flight += 1
+
+    def _fork(self, leader: Sequence, sibling: Sequence) -> None:
+        for block in leader.blocks:
+            if block != TRASH_BLOCK:
+                self._allocator.share(block)
+        sibling.blocks = list(leader.blocks)
+        sibling.block_keys = list(leader.block_keys)
+        sibling.num_scheduled = leader.num_scheduled
+        sibling.num_committed = leader.num_committed
+        sibling.num_cached_tokens = leader.num_cached_tokens
+        sibling.dirty_from = 0
+        self._start(sibling)
+
+    def _start(self, seq: Sequence) -> None:
+        seq.status = Status.RUNNING
+        seq.slot = self._free_slots.pop()
+        self._running.append(seq)
+
+    def _admit(self, step: Step) -> None:
+        while (seq := self._waiting.peek()) is not None:
+            room = self._config.max_batched_tokens - step.num_tokens
+            reserved = sum(len(leader.siblings) for leader in self._running)  # they fork later
+            if room <= 0 or seq.in_flight or len(self._free_slots) - reserved <= len(seq.siblings):
+                return
+            found = self._find_cached(seq)
+            blocks = [block for block, _ in found]
+            needed = -(-(seq.total_len + 1) // self._allocator.block_size) - len(blocks) + len(seq.siblings)
+            free = self._allocator.num_free - self._allocator.num_evictable(blocks)
+            if needed > free and self._running:
+                return  # with nothing running all blocks are free, and any accepted prompt fits in those
+            self._waiting.remove(seq)
+            self._take_cached(seq, found)
+            self._start(seq)
+            self._reserve_prompt(seq)
+            limit = self._chunk_limit(room, others=len(self._running) > 1)
+            self._schedule(step, seq, min(seq.num_unscheduled, limit))
+
+    def _reserve_prompt(self, seq: Sequence) -> None:
+        """Take all of the prompt's blocks at once, so that prompts never starve each other halfway."""
+        for _ in range(-(-seq.total_len // self._allocator.block_size) - len(seq.blocks)):
+            seq.blocks.append(self._allocator.allocate())
+
+    def _find_cached(self, seq: Sequence) -> list[tuple[int, bytes]]:
+        request = seq.request
+        if not request.use_prefix_cache:
+            return []
+        if request.params.prompt_logprobs is not None and seq.prompt_logprobs is None and seq.index == 0:
+            return []
+        found = self._allocator.match(self._root(seq), seq.tokens)
+        if len(found) * self._allocator.block_size >= seq.total_len:
+            found.pop()  # one token at least is computed, or there would be no logits
+        return found
+
+    def _root(self, seq: Sequence) -> bytes:
+        request = seq.request
+        return self._allocator.root_key(self._config.variant, request.adapter or "", request.cache_salt)
+
+    def _take_cached(self, seq: Sequence, found: list[tuple[int, bytes]]) -> None:
+        for block, key in found:
+            self._allocator.share(block)
+            seq.blocks.append(block)
+            seq.block_keys.append(key)
+        num_tokens = len(found) * self._allocator.block_size
+        seq.num_scheduled = seq.num_committed = num_tokens
+        if seq.num_cached_tokens is None:
+            seq.num_cached_tokens = num_tokens
+        self.stats.prefix_queries_tokens += seq.total_len
+        self.stats.prefix_hits_tokens += num_tokens
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take a sequence's blocks; what it has generated stays and becomes part of its prompt."""
+        self.stats.num_preemptions += 1
+        self._leave(seq)
+        seq.status = Status.WAITING
+        if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) < seq.prompt_len:
+            seq.prompt_logprobs = None
+        self._waiting.add_preempted(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        self._allocator.release(seq.blocks)
+        seq.drop_kv()
+        self._running.remove(seq)
+        assert seq.slot is not None
+        self._free_slots.append(seq.slot)
+        seq.slot = None
+
+    # Committing
+
+    def _commit_chunk(self, chunk: Chunk, prompt_logprobs: list[TokenLogprob] | None) -> None:
+        seq = chunk.seq
+        if seq.epoch != chunk.epoch or seq.status is not Status.RUNNING:
+            return  # preempted, finished or aborted since it was planned
+        seq.num_committed = max(seq.num_committed, chunk.start + chunk.num_tokens)
+        prompt_part = max(0, min(chunk.start + chunk.num_tokens, seq.prompt_len) - chunk.start)
+        self._waiting.charge(seq.request.client, prompt_tokens=prompt_part)
+        if prompt_logprobs is not None:
+            if seq.prompt_logprobs is None:
+                seq.prompt_logprobs = [None]
+            seq.prompt_logprobs.extend(prompt_logprobs)
+        self._register_full_blocks(seq)
+        if self._config.window is not None:
+            self._drop_outside_window(seq, self._config.window)
+
+    def _register_full_blocks(self, seq: Sequence) -> None:
+        if not (self._allocator.prefix_cache and seq.request.use_prefix_cache):
+            return
+        size = self._allocator.block_size
+        while (done := len(seq.block_keys)) < seq.num_committed // size:
+            parent = seq.block_keys[-1] if done else self._root(seq)
+            tokens = seq.tokens[done * size : (done + 1) * size]
+            seq.block_keys.append(self._allocator.register(seq.blocks[done], parent, tokens))
+
+    def _drop_outside_window(self, seq: Sequence, window: int) -> None:
+        """Release blocks whose last position no later query can see."""
+        size = self._allocator.block_size
+        for index in range(max(0, (seq.num_committed - window + 1) // size) - 1, -1, -1):
+            if seq.blocks[index] == TRASH_BLOCK:
+                break
+            self._allocator.release([seq.blocks[index]])
+            seq.blocks[index] = TRASH_BLOCK
+            seq.dirty_from = min(seq.dirty_from, index)
+
+    def _commit_token(self, seq: Sequence, number: int, outcome: StepOutcome) -> SequenceEvent:
+        event = SequenceEvent(request_id=seq.request.id, index=seq.index)
+        if len(seq.tokens) == seq.prompt_len:
+            event.num_cached_tokens = seq.num_cached_tokens or 0
+            if seq.index == 0:
+                event.prompt_logprobs = seq.prompt_logprobs
+                self.stats.prompt_tokens += seq.prompt_len
+        token = outcome.token_ids[number]
+        if not outcome.ok[number]:
+            return self._end(seq, event, FinishReason.ERROR)
+        if self._is_stop(seq, token):
+            event.stop_token_id = token
+            return self._end(seq, event, FinishReason.STOP)
+        seq.tokens.append(token)
+        self.stats.generated_tokens += 1
+        self._waiting.charge(seq.request.client, output_tokens=1)
+        event.token_ids.append(token)
+        logprob = outcome.logprobs[number]
+        if logprob is not None:
+            event.logprobs = [logprob]
+        if len(seq.tokens) >= seq.max_len:
+            return self._end(seq, event, FinishReason.LENGTH)
+        return event
+
+    def _end(self, seq: Sequence, event: SequenceEvent, reason: FinishReason) -> SequenceEvent:
+        event.finish_reason = reason
+        self._finish(seq)
+        return event
+
+    def _abort(self, seq: Sequence) -> None:
+        if seq.siblings:  # it leads sequences that are not forked yet: the next one takes its place
+            heir, *rest = seq.siblings
+            seq.siblings = ()
+            heir.siblings = tuple(rest)
+            self._finish(seq)
+            self._waiting.add(heir)
+            return
+        for leader in self._live[seq.request.id]:
+            if seq in leader.siblings:  # never started
+                leader.siblings = tuple(s for s in leader.siblings if s is not seq)
+                self._retire(seq)
+                return
+        self._finish(seq)
+
+    def _finish(self, seq: Sequence) -> None:
+        if seq.status is Status.RUNNING:
+            self._leave(seq)
+        else:
+            self._waiting.remove(seq)
+        self._retire(seq)
+
+    def _retire(self, seq: Sequence) -> None:
+        seq.status = Status.FINISHED
+        self._waiting.finished(seq.request.client)
+        members = self._live[seq.request.id]
+        members.remove(seq)
+        if not members:
+            del self._live[seq.request.id]

@@ -1,0 +1,137 @@
+"""One sequence being generated, and the step plans that move it forward. No torch.
+
+Purpose: the bookkeeping that scheduler and runner share.
+Does not know: how plans are made or computed.
+Invariant: num_committed <= num_scheduled <= total_len, and `blocks` covers num_scheduled positions.
+
+    tokens      [ prompt ........ | outputs read so far ]            len(tokens)
+    total_len   [ ...................................... | in flight ]
+    positions   [0 .. num_committed)   KV final, may be shared and cached
+                [num_committed .. num_scheduled)   KV written by steps under way
+                [num_scheduled .. total_len)       still to be planned
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from memory_efficient_gpt.request import Request, TokenLogprob
+
+
+class Status(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One of a request's n continuations.
+
+    `slot` is its row in the runner's tables while RUNNING. `epoch` grows whenever its KV is dropped,
+    so that a step planned before is recognised as stale. `dirty_from` is the first entry of `blocks`
+    that the runner has not seen. `block_keys` are the prefix-cache keys of its leading full blocks.
+    """
+
+    request: Request
+    index: int
+    seed: int
+    max_len: int
+    tokens: list[int]
+    order: int
+    status: Status = Status.WAITING
+    slot: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    num_scheduled: int = 0
+    num_committed: int = 0
+    in_flight: int = 0
+    epoch: int = 0
+    dirty_from: int = 0
+    num_cached_tokens: int | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    siblings: tuple[Sequence, ...] = ()
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def total_len(self) -> int:
+        """Tokens known plus tokens sampled but not read yet."""
+        return len(self.tokens) + self.in_flight
+
+    @property
+    def num_outputs(self) -> int:
+        """Output tokens, those in flight included."""
+        return self.total_len - self.prompt_len
+
+    @property
+    def num_unscheduled(self) -> int:
+        """Positions that still have to be computed before the next token can be sampled."""
+        return self.total_len - self.num_scheduled
+
+    @property
+    def decoding(self) -> bool:
+        """Whether one more position is all that is missing."""
+        return self.num_scheduled > 0 and self.num_unscheduled == 1
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether its last token is in flight: nothing more is planned for it."""
+        return self.total_len >= self.max_len
+
+    def drop_kv(self) -> None:
+        """Forget all computed positions (its blocks have been released)."""
+        self.blocks = []
+        self.block_keys = []
+        self.num_scheduled = self.num_committed = self.dirty_from = 0
+        self.epoch += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Positions start .. start + num_tokens - 1 of one sequence, computed in one step."""
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    epoch: int
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One token to draw from the last position of chunk number `chunk`; `output_index` counts from 0."""
+
+    seq: Sequence
+    chunk: int
+    output_index: int
+
+
+@dataclass(slots=True)
+class Step:
+    """What one forward pass computes. `copies` (source, target) blocks come before everything else."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What a step gave, on the host. Lists follow `Step.samples`; `ok` is False for unusable logits.
+
+    `prompt_logprobs[c]` are chunk c's: one entry for each prompt token at positions
+    start + 1 .. start + num_tokens that exists.
+    """
+
+    token_ids: list[int]
+    ok: list[bool]
+    logprobs: list[TokenLogprob | None]
+    prompt_logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)

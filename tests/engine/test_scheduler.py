@@ -1,0 +1,298 @@
+"""The scheduler against a model that is a pure function of the tokens it can see in its blocks.
+
+The fake runner below keeps a token in every KV position that a plan writes and reads a context back
+through the block table, as a real model would: a wrong block, a missing copy, a stale or a shared
+write gives other tokens than the sequence computed alone.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+
+import pytest
+
+from memory_efficient_gpt.kv_cache.blocks import BlockAllocator
+from memory_efficient_gpt.request import FinishReason, Request, SamplingParams, SequenceEvent
+from memory_efficient_gpt.scheduler import Scheduler, SchedulerConfig
+from memory_efficient_gpt.sequence import Sequence, Step, StepOutcome
+
+STOP_TOKEN = 0
+VOCAB = 40
+
+
+def next_token(context: list[int], seed: int) -> int:
+    """The fake model: a hash of everything visible."""
+    return zlib.crc32(repr((context, seed)).encode()) % VOCAB
+
+
+def alone(prompt: list[int], seed: int, max_len: int, window: int | None = None) -> list[int]:
+    """What a sequence gives when nothing else exists."""
+    tokens = list(prompt)
+    while len(tokens) < max_len:
+        token = next_token(tokens[-window:] if window else tokens, seed)
+        if token == STOP_TOKEN:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+class FakeRunner:
+    """Computes steps on token memory instead of KV tensors."""
+
+    def __init__(self, num_blocks: int, block_size: int, window: int | None) -> None:
+        self.memory = [[-1] * block_size for _ in range(num_blocks)]
+        self.size = block_size
+        self.window = window
+        self.last_token: dict[int, int] = {}
+
+    def run(self, step: Step) -> StepOutcome:
+        for source, target in step.copies:
+            self.memory[target] = list(self.memory[source])
+        contexts: list[list[int]] = []
+        written: set[tuple[int, int]] = set()
+        for chunk in step.chunks:
+            seq = chunk.seq
+            for position in range(chunk.start, chunk.start + chunk.num_tokens):
+                token = seq.tokens[position] if position < len(seq.tokens) else self.last_token[id(seq)]
+                place = (seq.blocks[position // self.size], position % self.size)
+                assert place[0] != 0 and place not in written, "two sequences write one place"
+                written.add(place)
+                self.memory[place[0]][place[1]] = token
+        for chunk in step.chunks:
+            end = chunk.start + chunk.num_tokens
+            begin = max(0, end - self.window) if self.window else 0
+            contexts.append(
+                [self.memory[chunk.seq.blocks[p // self.size]][p % self.size] for p in range(begin, end)]
+            )
+        tokens = [next_token(contexts[s.chunk], s.seq.seed) for s in step.samples]
+        for s, token in zip(step.samples, tokens, strict=True):
+            self.last_token[id(s.seq)] = token
+        return StepOutcome(tokens, [True] * len(tokens), [None] * len(tokens))
+
+
+class Harness:
+    """A scheduler with the fake runner, `depth` steps launched ahead (0 or 1)."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        budget: int = 16,
+        depth: int = 0,
+        window: int | None = None,
+        prefix_cache: bool = True,
+    ) -> None:
+        self.allocator = BlockAllocator(num_blocks, block_size, prefix_cache=prefix_cache)
+        config = SchedulerConfig(max_num_seqs=max_num_seqs, max_batched_tokens=budget, window=window)
+        self.scheduler = Scheduler(config, self.allocator, lambda seq, token: token == STOP_TOKEN)
+        self.runner = FakeRunner(num_blocks, block_size, window)
+        self.depth = depth
+        self.pending: list[tuple[Step, StepOutcome]] = []
+        self.outputs: dict[tuple[str, int], list[int]] = {}
+        self.reasons: dict[tuple[str, int], FinishReason] = {}
+        self.first_events: list[SequenceEvent] = []
+        self.steps: list[Step] = []
+        self.order = 0
+
+    def submit(
+        self, name: str, prompt: list[int], max_tokens: int, n: int = 1, client: str = "", salt: str = ""
+    ) -> None:
+        params = SamplingParams(n=n, max_tokens=max_tokens)
+        request = Request(
+            id=name, prompt_token_ids=tuple(prompt), params=params, client=client, cache_salt=salt
+        )
+        sequences = []
+        for index in range(n):
+            self.order += 1
+            sequences.append(
+                Sequence(request, index, index, len(prompt) + max_tokens, list(prompt), self.order)
+            )
+            self.outputs[name, index] = []
+        self.scheduler.add(sequences)
+
+    def turn(self) -> None:
+        step = self.scheduler.plan()
+        if step is not None:
+            assert 0 < step.num_tokens == sum(c.num_tokens for c in step.chunks)
+            self.steps.append(step)
+            self.pending.append((step, self.runner.run(step)))
+        self.scheduler.check_integrity()
+        if self.pending and (len(self.pending) > self.depth or step is None):
+            for event in self.scheduler.commit(*self.pending.pop(0)):
+                self.take(event)
+        self.scheduler.check_integrity()
+
+    def take(self, event: SequenceEvent) -> None:
+        key = (event.request_id, event.index)
+        if not self.outputs[key]:
+            self.first_events.append(event)
+        self.outputs[key] += event.token_ids
+        if event.finish_reason is not None:
+            assert key not in self.reasons
+            self.reasons[key] = event.finish_reason
+
+    def run(self, max_turns: int = 5000) -> None:
+        for _ in range(max_turns):
+            if not self.scheduler.has_work and not self.pending:
+                return
+            self.turn()
+        raise AssertionError("no end: the scheduler is stuck")
+
+
+def prompts(rng: random.Random, count: int, longest: int = 30) -> Iterator[list[int]]:
+    shared = [rng.randint(1, VOCAB) for _ in range(longest)]
+    for _ in range(count):
+        cut = rng.randint(0, longest - 1)
+        yield shared[:cut] + [rng.randint(1, VOCAB) for _ in range(rng.randint(1, longest - cut))]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_sequence_ends_at_its_stop_token_or_its_length(depth: int) -> None:
+    harness = Harness(depth=depth)
+    for number in range(12):
+        harness.submit(f"r{number}", [number + 1, 5], max_tokens=25)
+    harness.run()
+    for number in range(12):
+        expected = alone([number + 1, 5], 0, 27)
+        assert harness.outputs[f"r{number}", 0] == expected
+        reason = FinishReason.LENGTH if len(expected) == 25 else FinishReason.STOP
+        assert harness.reasons[f"r{number}", 0] is reason
+    assert {FinishReason.LENGTH, FinishReason.STOP} == set(harness.reasons.values())
+
+
+def test_no_step_exceeds_the_token_budget_and_decodes_go_first() -> None:
+    harness = Harness(budget=8, num_blocks=100)
+    first = next(t for t in range(1, VOCAB) if len(alone([t, 2], 0, 32)) == 30)
+    harness.submit("short", [first, 2], max_tokens=30)
+    harness.turn()
+    harness.submit("long", [7] * 60, max_tokens=3)
+    harness.run()
+    assert max(step.num_tokens for step in harness.steps) <= 8
+    mixed = [s for s in harness.steps if len(s.chunks) == 2]
+    assert mixed and all(s.chunks[0].seq.request.id == "short" for s in mixed)
+
+
+def test_seen_prompt_is_taken_from_the_prefix_cache_but_for_its_last_token() -> None:
+    harness = Harness(budget=100)
+    prompt = [3] * 16
+    harness.submit("first", prompt, max_tokens=2)
+    harness.run()
+    harness.submit("second", prompt, max_tokens=2)
+    harness.run()
+    assert [e.num_cached_tokens for e in harness.first_events] == [0, 12]
+    assert harness.outputs["first", 0] == harness.outputs["second", 0]
+    assert harness.scheduler.stats.prefix_hits_tokens == 12
+
+
+def test_cache_salt_keeps_prefixes_apart() -> None:
+    harness = Harness(budget=100)
+    for name in ("alice", "bob"):
+        harness.submit(name, [3] * 16, max_tokens=2, salt=name)
+        harness.run()
+    assert [e.num_cached_tokens for e in harness.first_events] == [0, 0]
+
+
+def test_n_sequences_share_the_prompt_and_compute_it_once() -> None:
+    harness = Harness(budget=100, prefix_cache=False)
+    harness.submit("r", [9] * 18, max_tokens=10, n=4)
+    harness.run()
+    assert sum(c.num_tokens for s in harness.steps for c in s.chunks if c.start == 0) == 18
+    assert sum(len(s.copies) for s in harness.steps) == 3  # the half-full block; its last owner keeps it
+    for index in range(4):
+        assert harness.outputs["r", index] == alone([9] * 18, index, 28)
+
+
+def test_a_pool_too_small_for_all_preempts_and_still_gives_every_answer() -> None:
+    harness = Harness(num_blocks=16, budget=32)
+    for number in range(6):
+        harness.submit(f"r{number}", [number + 1] * 9, max_tokens=40)
+    harness.run()
+    assert harness.scheduler.stats.num_preemptions > 0
+    for number in range(6):
+        assert harness.outputs[f"r{number}", 0] == alone([number + 1] * 9, 0, 49)
+
+
+def test_a_heavy_client_does_not_starve_a_light_one() -> None:
+    harness = Harness(max_num_seqs=2, budget=64, num_blocks=200)
+    for number in range(20):
+        harness.submit(f"heavy{number}", [number + 1] * 20, max_tokens=20, client="heavy")
+    for _ in range(5):
+        harness.turn()
+    harness.submit("light", [8, 8], max_tokens=5, client="light")
+    while ("light", 0) not in harness.reasons:
+        harness.turn()
+    served = sum(1 for key in harness.reasons if key[0].startswith("heavy"))
+    assert served <= 4
+    harness.run()
+
+
+def test_blocks_outside_the_window_are_freed() -> None:
+    harness = Harness(window=6, num_blocks=64, prefix_cache=False)
+    harness.submit("r", [4] * 40, max_tokens=1000 // 25)
+    most = 0
+    while harness.scheduler.has_work:
+        harness.turn()
+        if harness.outputs["r", 0]:
+            most = max(most, 63 - harness.allocator.num_free)
+    assert 0 < most <= 4
+    assert harness.outputs["r", 0] == alone([4] * 40, 0, 80, window=6)
+
+
+@pytest.mark.parametrize("index", [None, 0, 1])
+@pytest.mark.parametrize("turns", range(6))
+def test_abort_frees_blocks_at_once(turns: int, index: int | None) -> None:
+    harness = Harness(depth=1, prefix_cache=False, budget=8)
+    harness.submit("r", [9] * 18, max_tokens=30, n=3)
+    for _ in range(turns):
+        harness.turn()
+    harness.scheduler.abort("r", index)
+    harness.scheduler.check_integrity()
+    if index is None:
+        assert harness.allocator.num_free == 63 and not harness.scheduler.has_work
+    harness.run()
+    for other in range(3):
+        if index is not None and other != index:
+            assert harness.outputs["r", other] == alone([9] * 18, other, 48)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_traffic_gives_what_each_sequence_gives_alone(seed: int) -> None:
+    rng = random.Random(seed)
+    window = rng.choice([None, None, 7])
+    harness = Harness(
+        num_blocks=rng.randint(26, 60),
+        block_size=rng.choice([2, 4, 8]),
+        max_num_seqs=rng.randint(1, 8),
+        budget=rng.randint(1, 40),
+        depth=rng.randint(0, 1),
+        window=window,
+        prefix_cache=rng.random() < 0.7,
+    )
+    expected: dict[tuple[str, int], list[int]] = {}
+    aborted: set[tuple[str, int]] = set()
+    for number, prompt in enumerate(prompts(rng, 30, longest=min(30, harness.allocator.block_size * 12))):
+        n = rng.choice([1, 1, 1, 2, 4])
+        max_tokens = rng.randint(1, 18)
+        if len(prompt) + max_tokens > (harness.allocator.num_blocks - 1) * harness.allocator.block_size:
+            continue
+        harness.submit(f"r{number}", prompt, max_tokens, n, client=rng.choice("abc"))
+        for index in range(n):
+            expected[f"r{number}", index] = alone(prompt, index, len(prompt) + max_tokens, window)
+        for _ in range(rng.randint(0, 6)):
+            harness.turn()
+        if rng.random() < 0.15:
+            request_id, index = rng.choice(list(expected))
+            harness.scheduler.abort(request_id, index)
+            if (request_id, index) not in harness.reasons:
+                aborted.add((request_id, index))
+    harness.run()
+    for key, tokens in expected.items():
+        if key in aborted:
+            assert harness.outputs[key] == tokens[: len(harness.outputs[key])]
+        else:
+            assert harness.outputs[key] == tokens, key
+    assert harness.allocator.num_free == harness.allocator.num_blocks - 1
