@@ -161,7 +161,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def load_model(
-    folder: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device, attention: str
+    folder: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The model with its weights on `device`, in eval mode, nothing requiring gradients.
 
@@ -174,7 +174,6 @@ def load_model(
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation=attention,
             device_map=None if device.type == "cpu" else {"": device},
             use_safetensors=True,
             trust_remote_code=False,
@@ -185,6 +184,18 @@ def load_model(
         raise CheckpointError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
     _refuse_incomplete(folder, report)
     return model.eval().requires_grad_(False)
+
+
+def eos_token_ids(model: PreTrainedModel, folder: Path | None) -> tuple[int, ...]:
+    """The tokens that end a text: generation_config.json's if the folder has one, else the config's."""
+    found: Any = None
+    if folder is not None and (folder / "generation_config.json").is_file():
+        found = _read_json(folder / "generation_config.json").get("eos_token_id")
+    if found is None:
+        found = model.config.get_text_config().eos_token_id
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list | tuple) else (int(found),)
 
 
 def _refuse_incomplete(folder: Path, report: dict[str, Any]) -> None:
