@@ -168,7 +168,9 @@ def load_model(
     Raises CheckpointError when weights are missing or have other shapes than the config says.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # loads have a bar of their own
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -79,6 +79,11 @@ class Scheduler:
             if index is None or seq.index == index:
                 self._abort(seq)
 
+    def abort_all(self) -> None:
+        """End every sequence."""
+        for request_id in list(self._live):
+            self.abort(request_id)
+
     def plan(self) -> Step | None:
         """The next step, or None when nothing can be computed now. Takes blocks, may preempt."""
         step = Step()

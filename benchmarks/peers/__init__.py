@@ -1,0 +1,1 @@
+"""Engines that answer the same requests, each in its own process: ours and those it is compared with."""

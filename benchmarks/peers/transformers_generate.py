@@ -1,0 +1,94 @@
+"""The transformers peer: `generate` in bf16 with SDPA attention, one prompt at a time or as a static batch.
+
+Purpose: what a competent user of transformers gets without a serving engine.
+Does not know: the other engines.
+Invariant: inference mode, the given number of threads, exactly the asked number of new tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from transformers.generation import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from benchmarks.peers.protocol import Generated, serve
+
+
+class FirstToken(BaseStreamer):
+    """Notes when the first new token came: `generate` puts the prompt first, then each step's tokens."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with int64 ids."""
+        if self._prompt_seen and self.at is None:
+            self.at = time.perf_counter()
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Called after the last token."""
+
+
+class TransformersGenerator:
+    """A model loaded by transformers."""
+
+    def __init__(self, folder: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).eval()
+        # Its own defaults would end a sequence at the model's end-of-sequence token.
+        self._model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
+
+    def facts(self) -> dict[str, Any]:
+        """Versions and settings."""
+        return {
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "attention": self._model.config._attn_implementation,
+            "dtype": str(self._model.dtype),
+        }
+
+    def generate(self, mode: str, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generated:
+        """mode: "one_by_one" or "static_batch" (prompts of one length, so nothing is padded)."""
+        batches = [prompts] if mode == "static_batch" else [[prompt] for prompt in prompts]
+        first = FirstToken()
+        token_ids: list[list[int]] = []
+        started = time.perf_counter()
+        for batch in batches:
+            token_ids += self._continue(batch, new_tokens, first if len(batch) == 1 else None)
+        seconds = time.perf_counter() - started
+        return Generated(token_ids, seconds, first.at - started if first.at else None)
+
+    @torch.inference_mode()
+    def _continue(
+        self, batch: Sequence[Sequence[int]], new_tokens: int, streamer: FirstToken | None
+    ) -> list[list[int]]:
+        ids = torch.tensor(batch)
+        output = self._model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, streamer=streamer
+        )
+        new: list[list[int]] = output[:, ids.shape[1] :].tolist()
+        return new
+
+
+def main() -> None:
+    """Answer commands."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    options = parser.parse_args()
+    serve(lambda: TransformersGenerator(options.model, options.threads))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Put an engine together: checkpoint, tier, weights, cache, kernels, limits.
+
+Purpose: turn an EngineConfig into the parts an Engine drives, and the facts that describe them.
+Does not know: requests, steps.
+Invariant: every choice made here for the user ("auto", a fallback) is in `EngineInfo` with its reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from memory_efficient_gpt.attention.backends import choose_backend
+from memory_efficient_gpt.attention.context import AttentionBackend
+from memory_efficient_gpt.attention.model_setup import prepare_model
+from memory_efficient_gpt.config import BLOCK_SIZE_CPU, BLOCK_SIZE_CUDA, EngineConfig
+from memory_efficient_gpt.engine_info import EngineInfo
+from memory_efficient_gpt.errors import ConfigError
+from memory_efficient_gpt.hardware import free_memory_bytes, resolve_device
+from memory_efficient_gpt.kv_cache.blocks import BlockAllocator
+from memory_efficient_gpt.kv_cache.geometry import LayerKV
+from memory_efficient_gpt.kv_cache.pool import KVPool, block_bytes
+from memory_efficient_gpt.loading import check_checkpoint, eos_token_ids, load_config, load_model, resolve_model
+from memory_efficient_gpt.runner import PackedRunner, Runner
+from memory_efficient_gpt.scheduler import SchedulerConfig
+from memory_efficient_gpt.tiers import TierDecision, decide_tier
+from memory_efficient_gpt.transformers_runner import TransformersRunner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN_CONTEXT_LENGTH: Final = 4096
+CPU_POOL_SHARE: Final = 0.3
+CUDA_POOL_SHARE: Final = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an Engine drives."""
+
+    info: EngineInfo
+    runner: Runner
+    allocator: BlockAllocator
+    scheduler_config: SchedulerConfig
+    overlap: bool
+
+
+def assemble(config: EngineConfig, progress: Callable[[str, float], None]) -> Parts:
+    """Load a model and everything around it.
+
+    Raises ModelNotFoundError, CheckpointError, UnsupportedModelError or ConfigError, before any weight
+    is read wherever that is possible.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    device = resolve_device(config.device)
+    progress("checking files", 0.0)
+    folder = resolve_model(config.model, config.revision)
+    files = check_checkpoint(folder)
+    model_config = load_config(folder)
+    progress("probing the architecture", 0.1)
+    decision = decide_tier(model_config, forced=config.tier, max_model_len=config.max_model_len)
+    dtype, notes = _resolve_dtype(config, model_config, device)
+    progress("loading weights", 0.3)
+    model = load_model(folder, model_config, dtype=dtype, device=device)
+    progress("preparing the cache", 0.9)
+    parts = build(model, decision, config, device=device, name=config.model, folder=folder, notes=notes)
+    logger.info(
+        "%s: tier %s (%s), %d weight files, %s, %d KV blocks of %d tokens",
+        config.model, parts.info.tier, parts.info.tier_reason, len(files), parts.info.dtype,
+        parts.info.num_kv_blocks, parts.info.block_size,
+    )  # fmt: skip
+    progress("ready", 1.0)
+    return parts
+
+
+def build(
+    model: PreTrainedModel,
+    decision: TierDecision,
+    config: EngineConfig,
+    *,
+    device: torch.device,
+    name: str,
+    folder: Path | None = None,
+    notes: tuple[str, ...] = (),
+) -> Parts:
+    """The parts around a model that is loaded already; the model is changed in place."""
+    if decision.tier == "C":
+        return _build_unpacked(model, decision, config, device, name, folder, notes)
+    layers = decision.layers
+    assert layers is not None, "a packed tier always knows its layers"
+    prepare_model(model)
+    if device.type == "cpu" and config.native_kernels:
+        from memory_efficient_gpt.fusion import fuse
+
+        notes = (*notes, fuse(model).summary())
+    backend, reason = choose_backend(device, native=config.native_kernels)
+    notes = (*notes, reason, *decision.notes)
+    dtype = _kv_dtype(config, model.dtype)
+    block_size = config.block_size or (BLOCK_SIZE_CPU if device.type == "cpu" else BLOCK_SIZE_CUDA)
+    max_len, notes = _context_length(config, model.config, decision, notes)
+    num_blocks = _num_blocks(config, layers, block_size, dtype, device, max_len)
+    if (num_blocks - 1) * block_size < max_len:
+        max_len = (num_blocks - 1) * block_size
+        notes = (*notes, f"context limited to {max_len} tokens by the KV pool of {num_blocks} blocks")
+    pool = KVPool(layers, num_blocks, block_size, dtype, device)
+    pool.attach(model)
+    eos = eos_token_ids(model, folder)
+    overlap = config.overlap if config.overlap is not None else device.type == "cuda"
+    runner = PackedRunner(
+        model, pool, backend, device=device, max_num_seqs=config.max_num_seqs, max_model_len=max_len,
+        end_ids=eos, overlap=overlap,
+    )  # fmt: skip
+    info = _info(model, decision, name, device, max_len, eos, backend, pool, notes)
+    scheduler_config = SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_batched_tokens=config.max_batched_tokens,
+        window=_common_window(layers),
+        variant=f"{name}@{config.revision or ''}",
+    )
+    allocator = BlockAllocator(num_blocks, block_size, prefix_cache=config.prefix_cache)
+    return Parts(info, runner, allocator, scheduler_config, overlap)
+
+
+def _build_unpacked(
+    model: PreTrainedModel,
+    decision: TierDecision,
+    config: EngineConfig,
+    device: torch.device,
+    name: str,
+    folder: Path | None,
+    notes: tuple[str, ...],
+) -> Parts:
+    """Tier C: one sequence at a time, its blocks a formality that never runs out."""
+    model.eval()
+    max_len, notes = _context_length(config, model.config, decision, (*notes, *decision.notes))
+    if config.prefix_cache or config.max_num_seqs > 1:
+        notes = (*notes, "no prefix cache, one sequence at a time: transformers owns the cache")
+    block_size = config.block_size or BLOCK_SIZE_CPU
+    num_blocks = math.ceil(max_len / block_size) + 2
+    eos = eos_token_ids(model, folder)
+    runner = TransformersRunner(model, device=device, end_ids=eos)
+    info = _info(model, decision, name, device, max_len, eos, None, None, notes)
+    scheduler_config = SchedulerConfig(max_num_seqs=1, max_batched_tokens=max_len, forks=False)
+    allocator = BlockAllocator(num_blocks, block_size, prefix_cache=False)
+    return Parts(info, runner, allocator, scheduler_config, overlap=False)
+
+
+def _info(
+    model: PreTrainedModel,
+    decision: TierDecision,
+    name: str,
+    device: torch.device,
+    max_len: int,
+    eos: tuple[int, ...],
+    backend: AttentionBackend | None,
+    pool: KVPool | None,
+    notes: tuple[str, ...],
+) -> EngineInfo:
+    weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    return EngineInfo(
+        model=name,
+        architecture=type(model).__name__,
+        tier=decision.tier,
+        tier_reason=decision.reason,
+        dtype=_dtype_name(model.dtype),
+        device=str(device),
+        max_model_len=max_len,
+        vocab_size=int(model.get_output_embeddings().weight.shape[0]),
+        eos_token_ids=eos,
+        num_kv_blocks=pool.num_blocks - 1 if pool else 0,
+        block_size=pool.block_size if pool else 0,
+        kv_cache_dtype=_dtype_name(pool.dtype) if pool else "transformers",
+        weights_bytes=sum(weights.values()),
+        kv_cache_bytes=pool.num_bytes if pool else 0,
+        attention_backend=backend.name if backend else "transformers",
+        notes=tuple(note for note in notes if note),
+    )
+
+
+def _resolve_dtype(
+    config: EngineConfig, model_config: PreTrainedConfig, device: torch.device
+) -> tuple[torch.dtype, tuple[str, ...]]:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype), ()
+    stored: Any = getattr(model_config, "dtype", None)
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, None)
+    if stored == torch.float16 and device.type == "cpu":
+        return torch.bfloat16, ("float16 weights are computed in bfloat16 on a CPU",)
+    if stored in (torch.bfloat16, torch.float16, torch.float32):
+        return stored, ()
+    return torch.float32, (f"the checkpoint names no usable dtype ({stored}); float32 is used",)
+
+
+def _kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    return dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
+
+
+def _context_length(
+    config: EngineConfig, model_config: PreTrainedConfig, decision: TierDecision, notes: tuple[str, ...]
+) -> tuple[int, tuple[str, ...]]:
+    text_config = model_config.get_text_config()
+    own = next(
+        (
+            int(value)
+            for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+            if isinstance(value := getattr(text_config, name, None), int) and value > 0
+        ),
+        None,
+    )
+    limits = [limit for limit in (own, decision.max_model_len) if limit is not None]
+    limit = min(limits) if limits else None
+    if config.max_model_len is None:
+        if limit is None:
+            note = f"the config names no context length; {UNKNOWN_CONTEXT_LENGTH} is used"
+            return UNKNOWN_CONTEXT_LENGTH, (*notes, note)
+        return limit, notes
+    if limit is not None and config.max_model_len > limit:
+        raise ConfigError(
+            [f"max_model_len is {config.max_model_len:,}; this model's limit is {limit:,}. Lower it."]
+        )
+    return config.max_model_len, notes
+
+
+def _num_blocks(
+    config: EngineConfig,
+    layers: list[LayerKV],
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_len: int,
+) -> int:
+    """Blocks of the pool, the trash block included."""
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks + 1
+    one = block_bytes(layers, block_size, dtype)
+    if config.kv_cache_bytes is not None:
+        blocks = config.kv_cache_bytes // one
+        if blocks < 2:
+            raise ConfigError([f"kv_cache_bytes is {config.kv_cache_bytes:,}; two blocks take {2 * one:,}."])
+        return blocks
+    share = CPU_POOL_SHARE if device.type == "cpu" else CUDA_POOL_SHARE
+    room = int(free_memory_bytes(device) * share) // one
+    wanted = config.max_num_seqs * math.ceil(max_len / block_size) + 1
+    if room < 2:
+        raise ConfigError(
+            [f"no memory for a KV cache: {free_memory_bytes(device):,} bytes are free on {device}, "
+             f"two blocks take {2 * one:,}."]
+        )  # fmt: skip
+    return min(wanted, room)
+
+
+def _common_window(layers: list[LayerKV]) -> int | None:
+    """The widest window if every layer has one: what is older can be freed."""
+    windows = [layer.window for layer in layers]
+    return max(w for w in windows if w is not None) if None not in windows else None
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,38 @@
+"""Which attention backend a device gets, and why.
+
+Purpose: choose once, at load.
+Does not know: models.
+Invariant: the choice comes with a reason; a fallback is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from memory_efficient_gpt.attention.context import AttentionBackend
+
+logger = logging.getLogger(__name__)
+
+
+def choose_backend(device: torch.device, *, native: bool) -> tuple[AttentionBackend, str]:
+    """The best backend that works on `device`, with the reason for it.
+
+    native: whether the C++ kernels may be used on a CPU.
+    """
+    from memory_efficient_gpt.attention.torch_backend import TorchBackend
+
+    if device.type != "cpu":
+        return TorchBackend(), f"attention by torch: no other backend for {device.type} yet"
+    if not native:
+        return TorchBackend(), "attention by torch: native kernels are switched off"
+    from memory_efficient_gpt.attention.cpu import NativeCPUBackend
+    from memory_efficient_gpt.native.build import Unavailable, load_library
+
+    library = load_library()
+    if isinstance(library, Unavailable):
+        reason = f"attention by torch: native kernels are unavailable: {library.reason}"
+        logger.warning(reason)
+        return TorchBackend(), reason
+    return NativeCPUBackend(), "attention by native C++ kernels"

@@ -1,0 +1,195 @@
+"""The engine: requests in, token events out, one step at a time.
+
+Purpose: validate and queue requests, and drive plan -> launch -> commit.
+Does not know: text, HTTP, processes; how a model was built.
+Invariant: owned by one thread; whatever a request asks for is done or refused, never ignored.
+
+With `overlap`, step N + 1 is launched before step N's tokens are read: the device never waits for
+the host, tokens arrive one call later, and a sequence that ended costs one token computed for nothing.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from memory_efficient_gpt.assembly import Parts, assemble, build
+from memory_efficient_gpt.config import EngineConfig
+from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
+from memory_efficient_gpt.errors import (
+    ContextLengthError,
+    EngineFailedError,
+    InvalidRequestError,
+    SamplingFailedError,
+)
+from memory_efficient_gpt.request import FinishReason, Request, SequenceEvent
+from memory_efficient_gpt.scheduler import Scheduler
+from memory_efficient_gpt.sequence import Sequence, Step
+from memory_efficient_gpt.step_sampling import PendingStep
+from memory_efficient_gpt.tiers import decide_tier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Progress = Callable[[str, float], None]
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that a request's n seeds differ
+
+
+class Engine:
+    """One loaded model with its scheduler, cache and runner."""
+
+    def __init__(self, parts: Parts, *, debug_checks: bool = False) -> None:
+        self.info: EngineInfo = parts.info
+        self._runner = parts.runner
+        self._depth = 1 if parts.overlap else 0
+        self._debug_checks = debug_checks
+        self._scheduler = Scheduler(parts.scheduler_config, parts.allocator, self._is_stop)
+        self._pending: deque[tuple[Step, PendingStep]] = deque()
+        self._eos = frozenset(self.info.eos_token_ids)
+        self._arrivals = 0
+        self._random = random.SystemRandom()
+        self._closed = False
+
+    @classmethod
+    def load(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
+        """Load a model. `progress(phase, fraction)` is called as it goes.
+
+        Raises ModelNotFoundError, CheckpointError, UnsupportedModelError or ConfigError.
+        """
+        return cls(assemble(config, progress or _silent), debug_checks=config.debug_checks)
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, config: EngineConfig) -> Engine:
+        """An engine around a transformers model that is loaded already; the model is changed in place.
+
+        config.model is the name it goes by. Raises UnsupportedModelError or ConfigError.
+        """
+        decision = decide_tier(model.config, forced=config.tier, max_model_len=config.max_model_len)
+        parts = build(model, decision, config, device=model.device, name=config.model)
+        return cls(parts, debug_checks=config.debug_checks)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self._scheduler.has_work or bool(self._pending)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises InvalidRequestError naming the field, ContextLengthError when it cannot fit.
+        """
+        if self._closed:
+            raise EngineFailedError(f"the engine of {self.info.model!r} is closed.")
+        self._check(request)
+        params = request.params
+        seed = params.seed if params.seed is not None else self._random.getrandbits(63)
+        max_len = self.info.max_model_len
+        if params.max_tokens is not None:
+            max_len = min(max_len, len(request.prompt_token_ids) + params.max_tokens)
+        sequences = []
+        for index in range(params.n):
+            self._arrivals += 1
+            mixed = (seed + index * _SEED_STRIDE) % 2**64
+            tokens = list(request.prompt_token_ids)
+            sequences.append(Sequence(request, index, mixed, max_len, tokens, self._arrivals))
+        self._scheduler.add(sequences)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request (or its sequence `index`) and free its blocks now. Unknown ids are fine."""
+        self._scheduler.abort(request_id, index)
+        self._rest_if_idle()
+
+    def step(self) -> list[SequenceEvent]:
+        """One turn of the loop; [] when idle, or when tokens are still on their way."""
+        started = time.perf_counter()
+        step = self._scheduler.plan()
+        device_s = 0.0
+        if step is not None:
+            began = time.perf_counter()
+            self._pending.append((step, self._runner.launch(step)))
+            device_s = time.perf_counter() - began
+        events: list[SequenceEvent] = []
+        if self._pending and (len(self._pending) > self._depth or step is None):
+            done, pending = self._pending.popleft()
+            began = time.perf_counter()
+            outcome = pending.wait()
+            device_s += time.perf_counter() - began
+            events = self._scheduler.commit(done, outcome)
+            self._explain_failures(events)
+        if self._debug_checks:
+            self._scheduler.check_integrity()
+        self._rest_if_idle()
+        if step is not None or events:
+            self._account(time.perf_counter() - started, device_s)
+        return events
+
+    def stats(self) -> EngineStats:
+        """Counters and present state (the object is reused: copy it to keep it)."""
+        return self._scheduler.snapshot()
+
+    def close(self) -> None:
+        """Drop all work. The engine accepts nothing afterwards."""
+        self._closed = True
+        self._scheduler.abort_all()
+        self._pending.clear()
+        self._runner.rest()
+
+    def _check(self, request: Request) -> None:
+        vocab_size = self.info.vocab_size
+        request.params.validate(vocab_size)
+        if not request.id or request.id in self._scheduler:
+            raise InvalidRequestError(f"request id {request.id!r} is empty or already in use.", param="id")
+        if request.adapter is not None:
+            raise InvalidRequestError(
+                f"adapter {request.adapter!r} is not loaded: this model has no adapters.", param="adapter"
+            )
+        prompt = request.prompt_token_ids
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty; give at least one token.", param="prompt")
+        for token_id in prompt:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(
+                    f"prompt token ids must be from 0 to {vocab_size - 1}, got {token_id}.", param="prompt"
+                )
+        self._check_length(len(prompt), request.params.max_tokens)
+
+    def _check_length(self, prompt_len: int, max_tokens: int | None) -> None:
+        limit = self.info.max_model_len
+        needed = prompt_len + (max_tokens if max_tokens is not None else 1)
+        if needed > limit:
+            asked = "" if max_tokens is None else f" plus max_tokens {max_tokens:,}"
+            raise ContextLengthError(
+                f"the prompt has {prompt_len:,} tokens{asked}; this model's context is {limit:,}. "
+                "Shorten the prompt or lower max_tokens.",
+                param="prompt" if prompt_len >= limit else "max_tokens",
+            )
+
+    def _is_stop(self, seq: Sequence, token_id: int) -> bool:
+        params = seq.request.params
+        return (token_id in self._eos and not params.ignore_eos) or token_id in params.stop_token_ids
+
+    def _explain_failures(self, events: list[SequenceEvent]) -> None:
+        for event in events:
+            if event.finish_reason is FinishReason.ERROR:
+                event.error = SamplingFailedError(
+                    "the model gave NaN or infinite logits for this request; it was ended. "
+                    "Other requests are not affected. A float32 or bfloat16 dtype may avoid it."
+                )
+
+    def _rest_if_idle(self) -> None:
+        if not self.has_work:
+            self._runner.rest()
+
+    def _account(self, step_s: float, device_s: float) -> None:
+        stats = self._scheduler.stats
+        stats.steps += 1
+        stats.step_seconds += step_s
+        stats.host_seconds += step_s - device_s
+        stats.last_step_s = step_s
+
+
+def _silent(phase: str, fraction: float) -> None:
+    """Report progress to nobody."""

@@ -1,0 +1,403 @@
+"""The native CPU kernels as functions of torch tensors.
+
+Purpose: check shapes, dtypes and strides, allocate the result, call the library.
+Does not know: modules, models, steps of the engine.
+Invariant: a result does not depend on the number of threads, nor a row of it on the other rows.
+
+Letters: M rows, K inputs, N outputs; R rows, D elements; T tokens, S sequences, H heads. Every function takes
+float32 or bfloat16 CPU tensors (all of one dtype unless it says otherwise) and runs on at most
+torch.get_num_threads() threads, on fewer when the work is small.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_float, c_int64, c_void_p
+from typing import Final, Literal
+
+import torch
+
+from memory_efficient_gpt.native.build import Isa, NativeLibrary, Unavailable, load_library
+
+Activation = Literal["silu", "gelu_tanh", "gelu"]
+NormStyle = Literal["round_then_scale", "one_plus_weight", "scale_then_round"]
+
+_DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_ACTIVATIONS: Final[dict[Activation, int]] = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
+_NORM_STYLES: Final[dict[NormStyle, int]] = {
+    "round_then_scale": 0,
+    "one_plus_weight": 1,
+    "scale_then_round": 2,
+}
+_num_threads: Final = torch.get_num_threads
+
+
+class _AttentionSizes(ctypes.Structure):
+    """MegptAttentionSizes of attention.cpp."""
+
+    _fields_ = [
+        (name, c_int64)
+        for name in (
+            *("T", "S", "Hq", "Hkv", "Dk", "Dv", "BS", "table_stride", "query_stride_t", "query_stride_h"),
+            *("query_dtype", "cache_dtype", "window", "threads"),
+        )
+    ]
+
+
+class _WriteSizes(ctypes.Structure):
+    """MegptWriteSizes of kv_cache.cpp."""
+
+    _fields_ = [
+        (name, c_int64)
+        for name in (
+            *("T", "Hkv", "Dk", "Dv", "key_stride_t", "key_stride_h", "value_stride_t", "value_stride_h"),
+            *("source_dtype", "cache_dtype", "threads"),
+        )
+    ]
+
+
+def load_kernels(isa: Isa | None = None) -> Kernels | Unavailable:
+    """The kernels, compiled now if they never were on this machine; loaded once for a process.
+
+    isa: an instruction set to use; None takes $MEGPT_NATIVE_ISA, else the best that the CPU has.
+    """
+    library = load_library(isa)
+    return library if isinstance(library, Unavailable) else _kernels_of(library)
+
+
+@functools.cache
+def _kernels_of(library: NativeLibrary) -> Kernels:
+    return Kernels(library)
+
+
+class Kernels:
+    """The library's functions. `isa` is "avx512", "avx2" or "portable". Safe to share between threads."""
+
+    def __init__(self, library: NativeLibrary) -> None:
+        cdll = library.cdll
+        self.isa = library.isa
+        self.library = library
+        self._linear = _declare(cdll.megpt_linear, *[c_void_p] * 4, *[c_int64] * 6)
+        self._rms_norm = _declare(
+            cdll.megpt_rms_norm, *[c_void_p] * 3, *[c_int64] * 3, c_float, *[c_int64] * 3
+        )
+        self._gated = _declare(cdll.megpt_gated, *[c_void_p] * 3, *[c_int64] * 7)
+        self._rope = _declare(cdll.megpt_rope, *[c_void_p] * 3, *[c_int64] * 7)
+        self._argmax = _declare(cdll.megpt_argmax, *[c_void_p] * 2, *[c_int64] * 5)
+        self._log_softmax = _declare(cdll.megpt_log_softmax, *[c_void_p] * 2, *[c_int64] * 5)
+        self._write = _declare(cdll.megpt_write_kv, *[c_void_p] * 8)
+        self._attention = _declare(cdll.megpt_attention, *[c_void_p] * 12, c_float, c_float)
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x `[..., K]` times weight `[N, K]` transposed, plus bias `[N]`: `[..., N]`. Sums are float32.
+
+        Raises ValueError for other shapes, dtypes that differ, or a weight that is not contiguous.
+        """
+        rows, lead = _rows(x)
+        n, k = weight.shape
+        if rows.shape[1] != k or weight.dtype is not x.dtype or not weight.is_contiguous():
+            raise ValueError(
+                f"linear needs x [..., {k}] and a contiguous weight [N, {k}] of one dtype; "
+                f"got {_describe(x)} and {_describe(weight)}"
+            )
+        if bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or bias.stride(0) != 1):
+            raise ValueError(f"linear needs a contiguous bias [{n}] of {x.dtype}, got {_describe(bias)}")
+        out = torch.empty((*lead, n), dtype=x.dtype)
+        self._linear(
+            out.data_ptr(),
+            rows.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            rows.shape[0],
+            n,
+            k,
+            rows.stride(0),
+            _float_code(x),
+            _num_threads(),
+        )
+        return out
+
+    def rms_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        style: NormStyle = "round_then_scale",
+    ) -> torch.Tensor:
+        """x `[..., D]` over its root mean square, times weight `[D]` (or 1 + weight); float32 inside.
+
+        `style` says where a bfloat16 result is rounded. Raises ValueError for other shapes or dtypes.
+        """
+        rows, lead = _rows(x)
+        d = rows.shape[1]
+        if weight is not None and (
+            weight.dtype is not x.dtype or weight.shape != (d,) or weight.stride(0) != 1
+        ):
+            raise ValueError(f"rms_norm needs a contiguous weight [{d}] of {x.dtype}, got {_describe(weight)}")
+        out = torch.empty((*lead, d), dtype=x.dtype)
+        self._rms_norm(
+            out.data_ptr(),
+            rows.data_ptr(),
+            None if weight is None else weight.data_ptr(),
+            rows.shape[0],
+            d,
+            rows.stride(0),
+            eps,
+            _NORM_STYLES[style],
+            _float_code(x),
+            _num_threads(),
+        )
+        return out
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """activation(gate) * up for `[..., D]`, rounded to the dtype in between as torch would."""
+        gate_rows, lead = _rows(gate)
+        up_rows, _ = _rows(up)
+        if gate.shape != up.shape or gate.dtype is not up.dtype:
+            raise ValueError(f"gated needs two tensors alike, got {_describe(gate)} and {_describe(up)}")
+        r, d = gate_rows.shape
+        out = torch.empty((*lead, d), dtype=gate.dtype)
+        self._gated(
+            out.data_ptr(),
+            gate_rows.data_ptr(),
+            up_rows.data_ptr(),
+            r,
+            d,
+            gate_rows.stride(0),
+            up_rows.stride(0),
+            _ACTIVATIONS[activation],
+            _float_code(gate),
+            _num_threads(),
+        )
+        return out
+
+    def apply_rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Turn x `[T, H, D]` in place by cos and sin `[T, P]`, P <= D even: pairs are halves of the first P."""
+        t, h, d = x.shape
+        p = cos.shape[-1]
+        same = cos.shape == sin.shape == (t, p) and cos.dtype is x.dtype and sin.dtype is x.dtype
+        whole = cos.is_contiguous() and sin.is_contiguous() and (x.stride(2) == 1 or d == 1)
+        if not same or not whole or p > d or p % 2:
+            raise ValueError(
+                f"apply_rope needs x [T, H, D] and contiguous cos and sin [T, P], P <= D even, of one dtype; "
+                f"got {_describe(x)}, {_describe(cos)} and {_describe(sin)}"
+            )
+        self._rope(
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            t,
+            h,
+            p,
+            x.stride(0),
+            x.stride(1),
+            _float_code(x),
+            _num_threads(),
+        )
+
+    def argmax(self, x: torch.Tensor) -> torch.Tensor:
+        """Where each row of x `[R, D]` is largest, `[R] int64`; as torch.argmax for ties (first) and NaN."""
+        rows, lead = _rows(x)
+        if rows.shape[1] == 0:
+            raise ValueError(f"argmax needs at least one column, got {_describe(x)}")
+        out = torch.empty(lead, dtype=torch.int64)
+        self._argmax(
+            out.data_ptr(),
+            rows.data_ptr(),
+            rows.shape[0],
+            rows.shape[1],
+            rows.stride(0),
+            _float_code(x),
+            _num_threads(),
+        )
+        return out
+
+    def log_softmax(self, x: torch.Tensor) -> torch.Tensor:
+        """Log softmax over the last dimension of x `[..., D]`, in float32."""
+        rows, lead = _rows(x)
+        out = torch.empty((*lead, rows.shape[1]), dtype=torch.float32)
+        self._log_softmax(
+            out.data_ptr(),
+            rows.data_ptr(),
+            rows.shape[0],
+            rows.shape[1],
+            rows.stride(0),
+            _float_code(x),
+            _num_threads(),
+        )
+        return out
+
+    def write_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        key_scale: torch.Tensor | None,
+        value_scale: torch.Tensor | None,
+        slots: torch.Tensor,
+    ) -> None:
+        """Store key `[T, Hkv, Dk]` and value `[T, Hkv, Dv]` at slots `[T] int64` of a contiguous cache.
+
+        Caches `[N, BS, Hkv, D]` float32, bfloat16, or int8 with scales `[N, BS, Hkv] float32`: then
+        x = scale * q with scale = max|x| / 127. Slots are not checked against the cache's size.
+        """
+        t, h, dk = key.shape
+        dv = value.shape[2]
+        _check_cache(key_cache, value_cache, key_scale, value_scale)
+        if value.shape[:2] != (t, h) or key_cache.shape[2:] != (h, dk) or value_cache.shape[2:] != (h, dv):
+            raise ValueError(
+                f"write_kv: {_describe(key)} and {_describe(value)} do not fit caches "
+                f"{_describe(key_cache)} and {_describe(value_cache)}"
+            )
+        if slots.dtype is not torch.int64 or slots.shape != (t,) or not slots.is_contiguous():
+            raise ValueError(f"write_kv needs contiguous slots [{t}] of int64, got {_describe(slots)}")
+        if value.dtype is not key.dtype:
+            raise ValueError(f"write_kv needs one dtype, got {_describe(key)} and {_describe(value)}")
+        key, value = _last_contiguous(key), _last_contiguous(value)
+        sizes = _WriteSizes(
+            *(t, h, dk, dv, key.stride(0), key.stride(1), value.stride(0), value.stride(1)),
+            *(_float_code(key), _DTYPES[key_cache.dtype], _num_threads()),
+        )
+        self._write(
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            None if key_scale is None else key_scale.data_ptr(),
+            None if value_scale is None else value_scale.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            slots.data_ptr(),
+            ctypes.addressof(sizes),
+        )
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        key_scale: torch.Tensor | None,
+        value_scale: torch.Tensor | None,
+        block_tables: torch.Tensor,
+        query_starts: torch.Tensor,
+        context_lens: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Causal attention of query `[T, Hq, Dk]` over paged caches: `[T, Hq, Dv]` in query's dtype.
+
+        Caches as in `write_kv`; block_tables `[S, MB]`, query_starts `[S + 1]` and context_lens `[S]`, all
+        int32; sinks and alibi_slopes `[Hq]` (float32, or converted). Tokens of no row come out as zeros.
+        The contents of tables are not checked.
+        Method: see attention.cpp. Raises ValueError for other shapes or dtypes.
+        """
+        t, hq, dk = query.shape
+        _, bs, hkv, dv = value_cache.shape
+        _check_cache(key_cache, value_cache, key_scale, value_scale)
+        if key_cache.shape[2:] != (hkv, dk) or hq % hkv:
+            raise ValueError(f"query {_describe(query)} does not fit caches {_describe(key_cache)}")
+        _check_step(block_tables, query_starts, context_lens)
+        query = _last_contiguous(query)
+        sinks = _per_head("sinks", sinks, hq)
+        slopes = _per_head("alibi_slopes", alibi_slopes, hq)
+        out = torch.empty((t, hq, dv), dtype=query.dtype)
+        sizes = _AttentionSizes(
+            *(t, block_tables.shape[0], hq, hkv, dk, dv, bs, block_tables.stride(0)),
+            *(query.stride(0), query.stride(1), _float_code(query), _DTYPES[key_cache.dtype]),
+            *(window or 0, _num_threads()),
+        )
+        self._attention(
+            out.data_ptr(),
+            query.data_ptr(),
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            None if key_scale is None else key_scale.data_ptr(),
+            None if value_scale is None else value_scale.data_ptr(),
+            block_tables.data_ptr(),
+            query_starts.data_ptr(),
+            context_lens.data_ptr(),
+            None if sinks is None else sinks.data_ptr(),
+            None if slopes is None else slopes.data_ptr(),
+            ctypes.addressof(sizes),
+            scale,
+            softcap or 0.0,
+        )
+        return out
+
+
+def _declare(function: ctypes._CFuncPtr, *argtypes: type) -> ctypes._CFuncPtr:
+    function.argtypes = list(argtypes)
+    function.restype = None
+    return function
+
+
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Size]:
+    """x `[..., D]` as `[R, D]` with adjacent elements (a view where that is possible), and `...`."""
+    shape = x.shape
+    rows = x if x.dim() == 2 else x.reshape(-1, shape[-1])
+    return (rows if rows.stride(1) == 1 else rows.contiguous()), shape[:-1]
+
+
+def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _float_code(x: torch.Tensor) -> int:
+    """Number of a float dtype in the C interface. Raises ValueError."""
+    dtype = x.dtype
+    if dtype is torch.bfloat16:
+        return 1
+    if dtype is torch.float32:
+        return 0
+    raise ValueError(f"native kernels compute in float32 or bfloat16, got {_describe(x)}")
+
+
+def _per_head(name: str, values: torch.Tensor | None, heads: int) -> torch.Tensor | None:
+    if values is None:
+        return None
+    if values.shape != (heads,):
+        raise ValueError(f"{name} must be [{heads}], got {_describe(values)}")
+    return values.detach().to(torch.float32).contiguous()
+
+
+def _check_cache(
+    key: torch.Tensor, value: torch.Tensor, key_scale: torch.Tensor | None, value_scale: torch.Tensor | None
+) -> None:
+    if key.dtype not in _DTYPES or key.dtype is not value.dtype or key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"caches must be two [N, BS, Hkv, D] of float32, bfloat16 or int8; "
+            f"got {_describe(key)} and {_describe(value)}"
+        )
+    if not key.is_contiguous() or not value.is_contiguous():
+        raise ValueError("caches must be contiguous")
+    if key.dtype is torch.int8:
+        for scales in (key_scale, value_scale):
+            if (
+                scales is None
+                or scales.dtype is not torch.float32
+                or scales.shape != key.shape[:3]
+                or not scales.is_contiguous()
+            ):
+                raise ValueError(f"an int8 cache needs contiguous float32 scales {list(key.shape[:3])}")
+
+
+def _check_step(block_tables: torch.Tensor, query_starts: torch.Tensor, context_lens: torch.Tensor) -> None:
+    s = block_tables.shape[0]
+    for name, tensor, shape in (
+        ("query_starts", query_starts, (s + 1,)),
+        ("context_lens", context_lens, (s,)),
+    ):
+        if tensor.dtype is not torch.int32 or tensor.shape != shape or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous int32 {list(shape)}, got {_describe(tensor)}")
+    if block_tables.dtype is not torch.int32 or (block_tables.shape[1] > 1 and block_tables.stride(1) != 1):
+        raise ValueError(f"block_tables must be int32 with adjacent columns, got {_describe(block_tables)}")
+
+
+def _describe(x: torch.Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"

@@ -1,0 +1,109 @@
+"""From a step's logits to its outcome: which rows are sampled, and the way back to the host.
+
+Purpose: draw the tokens a plan asks for, with log probabilities where wanted.
+Does not know: models, KV caches, the mathematics of sampling.
+Invariant: nothing waits for the device before `PendingStep.wait`, which is called once.
+
+Rows of a step's logits: one for each sample, then one for each prompt token whose logprob is wanted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from memory_efficient_gpt.sampling import LogprobTensors, Sampled, SampleRow, SamplingBatch, prompt_logprobs, sample
+from memory_efficient_gpt.sequence import Chunk, Sample, Step, StepOutcome
+
+
+@dataclass(slots=True)
+class PendingStep:
+    """A launched step whose results may still be on their way to the host.
+
+    token_ids `[R] int64` stay on the device, one for each of the step's samples; None if it has none.
+    """
+
+    token_ids: torch.Tensor | None = None
+    sampled: Sampled | None = None
+    prompt_logprobs: dict[int, tuple[LogprobTensors, int]] = field(default_factory=dict)
+    arrived: torch.cuda.Event | None = None
+
+    def wait(self) -> StepOutcome:
+        """The step's tokens: the only place where the host waits for the device."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        outcome = StepOutcome([], [], [])
+        if self.sampled is not None:
+            outcome = StepOutcome(
+                self.sampled.token_ids.tolist(), self.sampled.ok.tolist(), self.sampled.token_logprobs()
+            )
+        for chunk, (tensors, count) in self.prompt_logprobs.items():
+            outcome.prompt_logprobs[chunk] = tensors.entries([count] * len(tensors.ids))
+        return outcome
+
+
+def draw(
+    step: Step,
+    logits: torch.Tensor,
+    end_ids: tuple[int, ...],
+    last_tokens: torch.Tensor | None = None,
+) -> PendingStep:
+    """Sample from logits `[R, V]` (see the module's docstring for the rows) without waiting.
+
+    end_ids: the model's end-of-sequence tokens. last_tokens `[slots] int64`: each slot's newest token,
+    where tokens may not have been read by the host yet.
+    """
+    pending = PendingStep()
+    count = len(step.samples)
+    if count:
+        rows = [_sample_row(s, end_ids) for s in step.samples]
+        batch = SamplingBatch(rows, logits.device, _unread_tokens(step.samples, rows, last_tokens))
+        sampled = sample(logits[:count], batch)
+        pending.token_ids = sampled.token_ids
+        pending.sampled = sampled.to_host()
+    offset = count
+    for number, chunk in enumerate(step.chunks):
+        if chunk.prompt_logprobs is None:
+            continue
+        targets = chunk.seq.tokens[chunk.start + 1 : chunk.start + 1 + num_prompt_targets(chunk)]
+        ids = torch.tensor(targets, dtype=torch.int64).to(logits.device)
+        tensors = prompt_logprobs(logits[offset : offset + len(targets)], ids, chunk.prompt_logprobs)
+        pending.prompt_logprobs[number] = (tensors.to_host(), chunk.prompt_logprobs)
+        offset += len(targets)
+    if logits.device.type == "cuda":
+        pending.arrived = torch.cuda.Event()
+        pending.arrived.record()
+    return pending
+
+
+def num_prompt_targets(chunk: Chunk) -> int:
+    """How many of a chunk's rows predict a token of the prompt."""
+    return max(0, min(chunk.start + chunk.num_tokens, chunk.seq.prompt_len - 1) - chunk.start)
+
+
+def _sample_row(sample: Sample, end_ids: tuple[int, ...]) -> SampleRow:
+    seq, params = sample.seq, sample.seq.request.params
+    suppress: tuple[int, ...] = ()
+    if sample.output_index < params.min_tokens:
+        suppress = (*end_ids, *params.stop_token_ids)
+    return SampleRow(
+        params=params,
+        seed=seq.seed,
+        counter=sample.output_index,
+        history=seq.request.prompt_token_ids if params.penalized else (),
+        outputs=seq.tokens[seq.prompt_len :] if params.penalized else (),
+        suppress=suppress,
+    )
+
+
+def _unread_tokens(
+    samples: list[Sample], rows: list[SampleRow], last_tokens: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Each row's token that is sampled but not read yet, -1 for none; None if no row needs it."""
+    unread = [r.params.penalized and len(r.outputs) < s.output_index for s, r in zip(samples, rows, strict=True)]
+    if last_tokens is None or not any(unread):
+        return None
+    slots = torch.tensor([s.seq.slot for s in samples], dtype=torch.int64).to(last_tokens.device)
+    missing = torch.tensor(unread).to(last_tokens.device)
+    return torch.where(missing, last_tokens[slots], -1)

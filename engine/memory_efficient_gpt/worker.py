@@ -1,0 +1,326 @@
+"""The process around an Engine: frames in, token events out.
+
+Purpose: the entry point of a worker process and its loop.
+Does not know: HTTP, tokenizers, who started it; the engine only through `StepEngine`.
+Invariant: nothing that the server does or fails to do makes a step wait: news is buffered, and past
+`MAX_OUTBOX_BYTES` of unread news the engine pauses between steps. The process never outlives the server.
+
+    +-> inbox: read what has come, without waiting  -- submit, abort, drain, close, ping
+    |   work and room in the outbox?  -> engine.step() -> one frame with all its events
+    |   otherwise                     -> wait for bytes to read, or for room to write
+    +---+
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
+
+from memory_efficient_gpt.config import EngineConfig
+from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
+from memory_efficient_gpt.errors import EngineFailedError, MegptError, ModelLoadError, OverloadedError
+from memory_efficient_gpt.frames import (
+    Abort,
+    Close,
+    Drain,
+    Failed,
+    Message,
+    Ping,
+    Pong,
+    Progress,
+    Ready,
+    Stats,
+    Submit,
+    encode,
+    encode_events,
+)
+from memory_efficient_gpt.request import FinishReason, Request, SequenceEvent
+from memory_efficient_gpt.wire import FrameError, unpack_record
+from memory_efficient_gpt.worker_channel import ConnectionClosedError, FrameChannel
+from memory_efficient_gpt.worker_process import detach_from_server
+
+logger = logging.getLogger(__name__)
+
+PRELOAD_ENVIRONMENT: Final = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
+"""Must be set before torch or numpy is loaded in the fork server. PASSIVE: threads of one worker that wait
+don't burn the cores of another. OpenBLAS would start threads when loaded; nothing here uses it."""
+
+MAX_OUTBOX_BYTES: Final = 4 << 20
+STATS_INTERVAL_S: Final = 0.1
+LAST_WORDS_S: Final = 2.0
+STEP_TIMES_KEPT: Final = 512
+MAX_CONSECUTIVE_OUT_OF_MEMORY: Final = 3
+
+EXIT_CLOSED: Final = 0
+EXIT_ENGINE_FAILED: Final = 70
+EXIT_LOAD_FAILED: Final = 71
+EXIT_BROKEN_FRAME: Final = 76
+
+ProgressCallback = Callable[[str, float], None]
+
+
+class StepEngine(Protocol):
+    """What a worker needs of an engine. Owned by one thread."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was loaded."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises MegptError."""
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one sequence of it, and free its blocks now."""
+
+    def step(self) -> list[SequenceEvent]:
+        """Compute one step."""
+
+    def stats(self) -> EngineStats:
+        """Counters and present state."""
+
+    def close(self) -> None:
+        """Drop all work."""
+
+
+LoadEngine = Callable[[EngineConfig, ProgressCallback], StepEngine]
+
+
+def load_engine(config: EngineConfig, progress: ProgressCallback) -> StepEngine:
+    """Load the real engine. Raises ModelLoadError, ConfigError."""
+    from memory_efficient_gpt.core import Engine
+
+    return Engine.load(config, progress)
+
+
+def run_worker(
+    sock: socket.socket,
+    config: Mapping[str, object],
+    log_level: str = "INFO",
+    load: LoadEngine = load_engine,
+) -> None:
+    """Entry point of the forked process; ends it with an exit code.
+
+    sock: this side of the connection to the server. config: an EngineConfig as `pack_record` gives it.
+    load: called once with the config and a progress callback; tests give a fake.
+    """
+    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    engine_config = unpack_record(EngineConfig, config)
+    detach_from_server(sock, name=engine_config.model)
+    channel = FrameChannel(sock)
+    try:
+        engine = _load(channel, engine_config, load)
+        code = EXIT_LOAD_FAILED if engine is None else Worker(channel, engine).run()
+    except ConnectionClosedError:
+        code = EXIT_CLOSED
+    except FrameError:
+        logger.exception("The server sent a frame that can't be understood; the worker exits.")
+        code = EXIT_BROKEN_FRAME
+    raise SystemExit(code)
+
+
+def _exit_on_signal(signum: int, _frame: object) -> None:
+    """SIGTERM means close. Raising works in a load, a step and a wait alike; the server sees the end."""
+    raise SystemExit(EXIT_CLOSED)
+
+
+def _load(channel: FrameChannel, config: EngineConfig, load: LoadEngine) -> StepEngine | None:
+    """The engine, once the server has been told; or None once it has been told why not."""
+
+    def report(phase: str, fraction: float) -> None:
+        channel.send(encode(Progress(phase, fraction)))
+
+    started = time.monotonic()
+    try:
+        engine = load(config, report)
+    except ConnectionClosedError:
+        raise
+    except Exception as error:
+        if not isinstance(error, MegptError):
+            logger.exception("Loading %s failed.", config.model)
+            error = ModelLoadError(
+                f"{config.model} could not be loaded: an unexpected {type(error).__name__}. "
+                "The server's log has the details."
+            )
+        channel.send(encode(Failed(error)))
+        channel.flush(timeout_s=LAST_WORDS_S)
+        return None
+    logger.info("Loaded %s in %.2f s.", config.model, time.monotonic() - started)
+    channel.send(encode(Ready(engine.info)))
+    return engine
+
+
+class Worker:
+    """The loop. One thread owns it, its channel and its engine."""
+
+    def __init__(self, channel: FrameChannel, engine: StepEngine) -> None:
+        self._channel = channel
+        self._engine = engine
+        self._open: dict[str, int] = {}  # request id -> sequences not ended yet
+        self._draining = False
+        self._closing = False
+        self._step_times_s: deque[float] = deque(maxlen=STEP_TIMES_KEPT)
+        self._stats_due_s = 0.0
+        self._stats_stale = True
+        self._times_out_of_memory = 0
+
+    def run(self) -> int:
+        """Serve until closed, drained or failed; returns the exit code.
+
+        Raises ConnectionClosedError when the server is gone, FrameError when it makes no sense.
+        """
+        try:
+            while not self._closing:
+                for message in self._channel.receive():
+                    self._handle(message)
+                if not self._turn():
+                    return EXIT_ENGINE_FAILED
+        finally:
+            self._engine.close()
+        self._channel.flush(timeout_s=LAST_WORDS_S)
+        return EXIT_CLOSED
+
+    def _turn(self) -> bool:
+        """One step, or one wait. False if the engine can't go on."""
+        working = self._engine.has_work
+        if working and self._channel.pending_bytes <= MAX_OUTBOX_BYTES:
+            return self._step()
+        if not working:
+            self._report_stats(now=math.inf)
+            if self._draining:
+                self._closing = True
+        if not self._closing:
+            self._channel.wait()
+        return True
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Submit(request):
+                self._submit(request)
+            case Abort(request_id, index):
+                self._engine.abort(request_id, index)
+                self._ended(request_id, all_of_it=index is None)
+                self._stats_stale, self._stats_due_s = True, 0.0
+            case Ping(nonce):
+                self._channel.send(encode(Pong(nonce)))
+            case Drain():
+                self._draining = True
+            case Close():
+                self._closing = True
+            case _:
+                raise FrameError(f"a worker does not take {type(message).__name__} frames.")
+
+    def _submit(self, request: Request) -> None:
+        error: MegptError
+        try:
+            if self._draining:
+                raise OverloadedError("The model is being shut down. Try again later.")
+            self._engine.submit(request)
+            self._open[request.id] = request.params.n
+            return
+        except MegptError as refusal:
+            error = refusal
+        except Exception:
+            logger.exception("Submitting request %s failed.", request.id)
+            error = EngineFailedError(
+                "The request could not be started: an internal error. It has been logged."
+            )
+        self._send_events([_error_event(request.id, index, error) for index in range(request.params.n)])
+
+    def _step(self) -> bool:
+        started = time.monotonic()
+        try:
+            events = self._engine.step()
+        except Exception as error:
+            return self._survive(error)
+        ended = time.monotonic()
+        self._times_out_of_memory = 0
+        self._step_times_s.append(ended - started)
+        self._stats_stale = True
+        for event in events:
+            if event.finish_reason is not None:
+                self._ended(event.request_id)
+        if events:
+            self._send_events(events)
+        self._report_stats(now=ended)
+        return True
+
+    def _survive(self, error: Exception) -> bool:
+        """After a failed step: give up what is aboard, and say whether the engine can go on.
+
+        An allocator that is out of memory leaves the device usable, so only the requests are lost. Any
+        other error may have left it in an unknown state (a CUDA error is sticky): the process must end.
+        """
+        self._times_out_of_memory += 1
+        recoverable = _out_of_memory(error) and self._times_out_of_memory < MAX_CONSECUTIVE_OUT_OF_MEMORY
+        logger.error(
+            "A step failed with %d requests aboard; %s.",
+            len(self._open),
+            "out of memory, going on without them" if recoverable else "the worker exits",
+            exc_info=error,
+        )
+        reason = (
+            "The device ran out of memory. Send fewer or shorter requests at a time."
+            if _out_of_memory(error)
+            else "The engine failed while computing this request. Try again."
+        )
+        lost, self._open = self._open, {}
+        self._send_events(
+            [
+                _error_event(request_id, index, EngineFailedError(reason))
+                for request_id, num_sequences in lost.items()
+                for index in range(num_sequences)
+            ]
+        )
+        if recoverable:
+            for request_id in lost:
+                self._engine.abort(request_id)
+        else:
+            self._channel.send(encode(Failed(EngineFailedError(reason))))
+            self._channel.flush(timeout_s=LAST_WORDS_S)
+        return recoverable
+
+    def _ended(self, request_id: str, *, all_of_it: bool = False) -> None:
+        remaining = self._open.get(request_id, 0) - 1
+        if all_of_it or remaining <= 0:
+            self._open.pop(request_id, None)
+        else:
+            self._open[request_id] = remaining
+
+    def _send_events(self, events: list[SequenceEvent]) -> None:
+        for frame in encode_events(events):
+            self._channel.send(frame)
+
+    def _report_stats(self, now: float) -> None:
+        """Send counters if they have changed: at most every STATS_INTERVAL_S, at once when going idle."""
+        if self._stats_stale and now >= self._stats_due_s:
+            self._channel.send(encode(Stats(self._engine.stats(), self._step_p99_s())))
+            self._stats_stale = False
+            self._stats_due_s = time.monotonic() + STATS_INTERVAL_S
+
+    def _step_p99_s(self) -> float:
+        times = sorted(self._step_times_s)
+        return times[int(len(times) * 0.99)] if times else 0.0
+
+
+def _error_event(request_id: str, index: int, error: MegptError) -> SequenceEvent:
+    return SequenceEvent(request_id=request_id, index=index, finish_reason=FinishReason.ERROR, error=error)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator refused: Python's, torch's on a GPU, or torch's on the host (a RuntimeError)."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )

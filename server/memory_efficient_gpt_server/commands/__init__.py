@@ -1,0 +1,1 @@
+"""The commands of `megpt`, one module each: `add_parser` describes it, `run` does it."""

@@ -1,0 +1,337 @@
+"""The bodies that clients send: which fields exist, of which types, and which are refused and why.
+
+Purpose: one strict schema per body, and one sentence for whatever is wrong with it.
+Does not know: models, limits of sampling parameters (`SamplingParams.validate` has those).
+Invariant: every field is used, or refused with a reason; numbers are finite; nothing is coerced.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from memory_efficient_gpt.request import MAX_LOGIT_BIAS, SamplingParams
+
+MAX_PROMPTS: Final = 16
+MAX_MESSAGES: Final = 2048
+MAX_USER_CHARACTERS: Final = 256
+MAX_BIAS: Final = 100
+_PROBLEMS_SHOWN: Final = 3
+_TOKEN_ID: Final = re.compile(r"[0-9]{1,10}")
+
+PromptInput = str | tuple[int, ...]
+
+
+def _problem(message: str, param: str | None = None) -> PydanticCustomError:
+    """An error in our words. Of a field: what comes after its name; of fields together: with `param`."""
+    return PydanticCustomError("sentence", "{text}", {"text": message, "param": param})
+
+
+def _refused(reason: str, *allowed: object) -> Any:
+    """The type of a known field that is not supported; null and the `allowed` values mean the default."""
+
+    def check(value: Any) -> None:
+        if value is not None and not any(type(value) is type(a) and value == a for a in allowed):
+            raise _problem(f"is not supported: {reason}")
+
+    return Annotated[None, PlainValidator(check), WithJsonSchema({"description": f"not supported: {reason}"})]
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise _problem(f"must be a string or a list of strings, got {_short(value)}.")
+
+
+def _prompts(value: Any) -> tuple[PromptInput, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list) or not value:
+        raise _problem(
+            f"must be a string, a list of strings, a list of token ids or a list of those, got {_short(value)}."
+        )
+    if _all_ints(value):
+        return (tuple(value),)
+    if len(value) > MAX_PROMPTS:
+        raise _problem(f"has {len(value)} prompts; the limit is {MAX_PROMPTS}. Send several requests.")
+    if all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if all(isinstance(item, list) and item and _all_ints(item) for item in value):
+        return tuple(map(tuple, value))
+    raise _problem("must hold only strings, only token ids (integers), or only non-empty lists of token ids.")
+
+
+def _all_ints(values: list[Any]) -> bool:
+    return set(map(type, values)) == {int}
+
+
+def _content(value: Any) -> str:
+    """Text, or text parts joined by newlines."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise _problem(f"must be a string or a non-empty list of text parts, got {_short(value)}.")
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise _problem(f"has a part of type {_short(kind)}; only text parts are supported.")
+        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise _problem("has a text part that is not of the form {'type': 'text', 'text': '...'}.")
+    return "\n".join(part["text"] for part in value)
+
+
+def _logit_bias(value: Any) -> Mapping[int, float]:
+    if not isinstance(value, dict):
+        raise _problem(f"must be an object of token id: bias, got {_short(value)}.")
+    if len(value) > MAX_LOGIT_BIAS:
+        raise _problem(f"has {len(value)} entries; the limit is {MAX_LOGIT_BIAS}.")
+    for token_id, bias in value.items():
+        if not _TOKEN_ID.fullmatch(token_id):
+            raise _problem(f"has the key {_short(token_id)}; keys must be token ids.")
+        if type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:  # NaN is not in any range
+            raise _problem(f"has the bias {_short(bias)}; it must be a number from -{MAX_BIAS} to {MAX_BIAS}.")
+    return {int(token_id): bias for token_id, bias in value.items()}
+
+
+_STRINGS_SCHEMA: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+_IDS_SCHEMA: Final = {"type": "array", "items": {"type": "integer"}}
+_PROMPT_SCHEMA: Final = {
+    "anyOf": [*_STRINGS_SCHEMA["anyOf"], _IDS_SCHEMA, {"type": "array", "items": _IDS_SCHEMA}],
+}
+_BIAS_SCHEMA: Final = {"type": "object", "additionalProperties": {"type": "number"}}
+
+
+def _optional(parse: Any, schema: Mapping[str, Any]) -> Any:
+    """A field of `parse`'s type, or null for absent."""
+
+    def check(value: Any) -> Any:
+        return None if value is None else parse(value)
+
+    return Annotated[Any, PlainValidator(check), WithJsonSchema(dict(schema))]
+
+
+class StrictModel(BaseModel):
+    """No coercion, no unknown fields, no NaN."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(StrictModel):
+    """Options of a stream."""
+
+    include_usage: bool | None = None
+    include_obfuscation: _refused("chunks are not padded.", False) = None
+
+
+class GenerationBody(StrictModel):
+    """What both ways to generate have in common. Ranges are checked by `SamplingParams.validate`."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: _optional(_texts, _STRINGS_SCHEMA) = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    logit_bias: _optional(_logit_bias, _BIAS_SCHEMA) = None
+    user: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
+    cache_salt: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
+    prefix_cache: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise _problem("stream_options is only for streams; set stream to true or leave it out.", "stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def sampling(
+        self,
+        defaults: Mapping[str, float],
+        *,
+        max_tokens: int | None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
+        """The parameters, not yet validated; `defaults` (of the model) stand in for absent fields."""
+
+        def chosen(name: str, otherwise: float) -> Any:
+            value = getattr(self, name)
+            return defaults.get(name, otherwise) if value is None else value
+
+        top_k = chosen("top_k", 0)
+        return SamplingParams(
+            temperature=chosen("temperature", 1.0),
+            top_k=None if top_k in (0, -1) else top_k,
+            top_p=chosen("top_p", 1.0),
+            min_p=chosen("min_p", 0.0),
+            repetition_penalty=chosen("repetition_penalty", 1.0),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            seed=self.seed,
+            logit_bias=self.logit_bias or {},
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            stop=self.stop or (),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
+            ignore_eos=bool(self.ignore_eos),
+            n=1 if self.n is None else self.n,
+        )
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: Annotated[tuple[PromptInput, ...], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: _refused("models here continue text, they don't fill gaps.") = None
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> Self:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise _problem(
+                f"best_of must equal n (got {self.best_of} and {self.n or 1}): every candidate is returned.",
+                "best_of",
+            )
+        return self
+
+
+class ChatMessage(StrictModel):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, PlainValidator(_content), WithJsonSchema({"type": "string"})]
+    name: _refused("chat templates here have no place for names.") = None
+    tool_calls: _refused("tools are not supported.", []) = None
+    tool_call_id: _refused("tools are not supported.") = None
+    function_call: _refused("functions are not supported.") = None
+    refusal: _refused("models here don't produce refusals apart from text.") = None
+    audio: _refused("models here read and write text.") = None
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: _refused("models here don't call tools.", []) = None
+    tool_choice: _refused("models here don't call tools.", "none") = None
+    parallel_tool_calls: _refused("models here don't call tools.") = None
+    functions: _refused("models here don't call functions.", []) = None
+    function_call: _refused("models here don't call functions.", "none") = None
+    response_format: _refused("only {'type': 'text'} is.", {"type": "text"}) = None
+    modalities: _refused("only ['text'] is.", ["text"]) = None
+    audio: _refused("models here read and write text.") = None
+    prediction: _refused("predicted outputs are not implemented.") = None
+    reasoning_effort: _refused("models here have no such setting.") = None
+    verbosity: _refused("models here have no such setting.") = None
+    web_search_options: _refused("there is no web search here.") = None
+    store: _refused("nothing is stored here.", False) = None
+    metadata: _refused("nothing is stored here.", {}) = None
+    service_tier: _refused("there is one tier.", "auto", "default") = None
+    moderation: _refused("there is no moderation here.") = None
+    safety_identifier: _refused("use `user`.") = None
+    prompt_cache_key: _refused("use `cache_salt` to keep caches apart.") = None
+    prompt_cache_options: _refused("use `prefix_cache`.") = None
+    prompt_cache_retention: _refused("the cache keeps what fits.") = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _problem("top_logprobs needs logprobs to be true.", "top_logprobs")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise _problem("max_tokens and max_completion_tokens mean the same; give one.", "max_tokens")
+        return self
+
+
+class TokenizeBody(StrictModel):
+    """POST /v1/tokenize: text or a conversation."""
+
+    model: str
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    add_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_one_text(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise _problem("give either prompt or messages.", "prompt")
+        if self.messages is not None and self.add_special_tokens is not None:
+            raise _problem("add_special_tokens is for prompt; the chat template decides for messages.", "add_special_tokens")
+        return self
+
+
+class DetokenizeBody(StrictModel):
+    """POST /v1/detokenize."""
+
+    model: str
+    tokens: list[int]
+
+
+def problem_of(error: ValidationError) -> tuple[str, str | None]:
+    """What is wrong with a body, in whole sentences, and the first field concerned."""
+    items = error.errors(include_url=False)
+    sentences = [_sentence(item) for item in items[:_PROBLEMS_SHOWN]]
+    if len(items) > _PROBLEMS_SHOWN:
+        sentences.append(f"There are {len(items) - _PROBLEMS_SHOWN} more problems.")
+    param = items[0].get("ctx", {}).get("param") if items[0]["type"] == "sentence" else None
+    return " ".join(sentences), param or _path(items[0]["loc"]) or None
+
+
+def _sentence(item: Mapping[str, Any]) -> str:
+    path, kind, message = _path(item["loc"]), item["type"], item["msg"]
+    if kind == "json_invalid":
+        return f"The body is not valid JSON: {message.removeprefix('Invalid JSON: ')}."
+    if not path:
+        return message if kind == "sentence" else f"The body must be a JSON object, got {_short(item['input'])}."
+    if kind == "sentence":
+        return f"{path} {message}"
+    if kind == "missing":
+        return f"{path} is required."
+    if kind == "extra_forbidden":
+        return f"{path} is not a field that is known here. Check its spelling or leave it out."
+    text = message.replace("Input should be", "must be").replace("Input should", "should")
+    text = re.sub(r"^(String|List|Dictionary) should", "should", text)
+    return f"{path} {text}, got {_short(item['input'])}."
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+    return _clipped(text.removeprefix("."), 80)
+
+
+def _short(value: object) -> str:
+    """A value as its sender wrote it, about."""
+    some = value[:60] if isinstance(value, str | list | bytes) else value
+    return _clipped(json.dumps(some, ensure_ascii=False, default=repr), 60)
+
+
+def _clipped(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[:limit] + "..."

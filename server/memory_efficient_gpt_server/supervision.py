@@ -1,0 +1,71 @@
+"""When to restart a worker, and when to call it stuck: rules over times, nothing else.
+
+Purpose: the supervisor's decisions as pure state, so that tests need no process and no clock.
+Does not know: processes, sockets; every `now_s` is a monotonic time in seconds given by the caller.
+Invariant: a worker that keeps dying is given up; a worker that computes slowly is not called stuck.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+FIRST_DELAY_S: Final = 1.0
+LONGEST_DELAY_S: Final = 60.0
+MAX_DEATHS: Final = 5
+DEATHS_WINDOW_S: Final = 600.0
+STEADY_AFTER_S: Final = 60.0
+
+LEAST_STALL_S: Final = 10.0
+STALL_STEPS: Final = 20.0
+KILL_AFTER_STALLS: Final = 2.5
+
+
+class RestartRule:
+    """Delays of 1, 2, 4 .. 60 s between restarts; the fifth death within ten minutes is the last.
+
+    A worker that was ready for a minute before it died starts again with the shortest delay.
+    """
+
+    def __init__(self) -> None:
+        self._deaths_s: deque[float] = deque()
+        self._delay_s = FIRST_DELAY_S
+
+    def died(self, now_s: float, *, ready_for_s: float) -> float | None:
+        """Seconds to wait before the restart, or None to give up."""
+        self._deaths_s.append(now_s)
+        while self._deaths_s[0] < now_s - DEATHS_WINDOW_S:
+            self._deaths_s.popleft()
+        if len(self._deaths_s) >= MAX_DEATHS:
+            return None
+        if ready_for_s >= STEADY_AFTER_S:
+            self._delay_s = FIRST_DELAY_S
+        delay_s, self._delay_s = self._delay_s, min(2 * self._delay_s, LONGEST_DELAY_S)
+        return delay_s
+
+
+class StallRule:
+    """A worker is stuck if it has work and its step counter has not moved for max(10 s, 20 x p99 step)."""
+
+    def __init__(self, now_s: float) -> None:
+        self._moved_s = now_s
+        self._steps = -1
+        self.limit_s = LEAST_STALL_S
+
+    def moved(self, now_s: float) -> None:
+        """It has told news of a step, or was idle until now: the clock starts anew."""
+        self._moved_s = now_s
+
+    def counted(self, steps: int, step_p99_s: float, now_s: float) -> None:
+        """It has told its step counter and how long steps take."""
+        if steps > self._steps:
+            self._steps, self._moved_s = steps, now_s
+        self.limit_s = max(LEAST_STALL_S, STALL_STEPS * step_p99_s)
+
+    def stalled(self, now_s: float) -> bool:
+        """Whether a worker that has work is stuck."""
+        return now_s - self._moved_s > self.limit_s
+
+    def beyond_hope(self, now_s: float) -> bool:
+        """Whether it has been stuck for so long that it should be killed."""
+        return now_s - self._moved_s > KILL_AFTER_STALLS * self.limit_s

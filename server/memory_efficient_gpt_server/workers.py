@@ -1,0 +1,368 @@
+"""A model served by a worker process that is kept alive.
+
+Purpose: requests to the worker, its events to whoever asked; states, restarts, stalls, shutdown.
+Does not know: HTTP, text.
+Invariant: a request's stream always ends: by its last event, or by an event that carries an error. One slow
+reader holds up nobody: its unread events are merged, so they take no more than its tokens do.
+
+    start() -> LOADING --Ready--> READY --close()--> DRAINING --> CLOSED
+                  ^  |               |
+       delay 1..60 s |  Failed       | the worker died: its requests get EngineFailedError
+                  |  +--> FAILED <---+ five deaths in ten minutes
+                  +------------------+
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+from memory_efficient_gpt.config import EngineConfig
+from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
+from memory_efficient_gpt.errors import (
+    EngineFailedError,
+    InvalidRequestError,
+    MegptError,
+    ModelLoadError,
+    OverloadedError,
+)
+from memory_efficient_gpt.frames import (
+    Abort,
+    Close,
+    Drain,
+    Events,
+    Failed,
+    Message,
+    Pong,
+    Progress,
+    Ready,
+    Stats,
+    Submit,
+    encode,
+)
+from memory_efficient_gpt.request import Request, SequenceEvent
+from memory_efficient_gpt.wire import FrameError
+from memory_efficient_gpt.worker import LoadEngine, load_engine
+from memory_efficient_gpt_server.event_stream import EventStream
+from memory_efficient_gpt_server.supervision import RestartRule, StallRule
+from memory_efficient_gpt_server.worker_process import WorkerProcess
+
+logger = logging.getLogger(__name__)
+
+WATCH_INTERVAL_S: Final = 1.0
+CLOSE_GRACE_S: Final = 5.0
+
+
+class ModelState(StrEnum):
+    """Where a served model is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """What a loading worker is doing, and how far it is (0..1)."""
+
+    phase: str
+    fraction: float
+
+
+@dataclass(slots=True)
+class LoadTimes:
+    """When a load reached its stages, in seconds since it was asked for; None: not yet."""
+
+    forked_s: float | None = None
+    ready_s: float | None = None
+
+
+class WorkerModel:
+    """One model in one worker process. Owned by the event loop in which `start` was called.
+
+    `state` and `reason` say what it is doing and why; `info` is None until it was ready once; `stats` is
+    the last that the worker told; `stalled` is true while it has work but makes no step.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        name: str | None = None,
+        log_level: str = "INFO",
+        load: LoadEngine = load_engine,
+        restart_rule: Callable[[], RestartRule] = RestartRule,
+    ) -> None:
+        self.config = config
+        self.name = name or config.model
+        self.state = ModelState.LOADING
+        self.reason: str | None = "not started"
+        self.info: EngineInfo | None = None
+        self.stats = EngineStats()
+        self.progress = LoadProgress("waiting", 0.0)
+        self.times = LoadTimes()
+        self.num_restarts = 0
+        self._log_level = log_level
+        self._load = load
+        self._restart_rule = restart_rule()
+        self._streams: dict[str, EventStream] = {}
+        self._process: WorkerProcess | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._settled = asyncio.Event()
+        self._asked_s = 0.0
+        self._ready_s: float | None = None
+        self._stall_rule = StallRule(0.0)
+        self._last_words: MegptError | None = None
+
+    # ---- for those who serve requests
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process id while it lives."""
+        return self._process.pid if self._process is not None else None
+
+    @property
+    def num_open_requests(self) -> int:
+        """Requests aboard."""
+        return len(self._streams)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the worker has work but its step counter has stood still for too long."""
+        return bool(self._streams) and self._stall_rule.stalled(time.monotonic())
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request submitted now would be computed."""
+        return self.state is ModelState.READY and not self.stalled
+
+    def submit(self, request: Request) -> EventStream:
+        """Hand a request to the worker. What is wrong with it comes as events with an error.
+
+        Raises OverloadedError while it can't take any, ModelLoadError if it won't, InvalidRequestError.
+        """
+        self._require_ready()
+        if request.id in self._streams:
+            raise InvalidRequestError(f"Request id {request.id!r} is in use. Ids must be unique.", param="id")
+        try:
+            frame = encode(Submit(request))
+        except FrameError as error:
+            raise InvalidRequestError(f"The request can't be handed to the model: {error}") from error
+        if not self._streams:
+            self._stall_rule.moved(time.monotonic())
+        stream = EventStream(request.id, request.params.n, abandon=self.abort)
+        self._streams[request.id] = stream
+        self._send_frame(frame)
+        return stream
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one sequence of it, without further events. Unknown ids are fine."""
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return
+        stream.close(index)
+        if stream.ended:
+            del self._streams[request_id]
+        self._send_frame(encode(Abort(request_id, index)))
+
+    # ---- for the server's life cycle
+
+    def start(self) -> None:
+        """Begin to load, in the background. Also starts a failed model again."""
+        if self._supervisor is not None and not self._supervisor.done():
+            return
+        self._set_state(ModelState.LOADING, "starting")
+        self._supervisor = asyncio.create_task(self._supervise(), name=f"supervise {self.name}")
+
+    async def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Return once it is ready. Raises ModelLoadError if it failed or was closed, TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while self.state is not ModelState.READY:
+                if self.state is not ModelState.LOADING:
+                    raise ModelLoadError(f"{self.name} is {self.state}: {self.reason}")
+                self._settled.clear()
+                await self._settled.wait()
+
+    async def close(self, drain_s: float = 0.0) -> None:
+        """Refuse new requests, give those aboard `drain_s` seconds, end the worker, wait until it is gone."""
+        if self.state is ModelState.CLOSED:
+            return
+        hears_us = self.state is ModelState.READY  # a loading worker reads nothing, and has nothing to lose
+        self._set_state(ModelState.DRAINING, "shutting down")
+        process = self._process
+        if process is not None and self._streams and drain_s > 0:
+            process.send(Drain())
+            await asyncio.wait([process.ended], timeout=drain_s)
+        self._fail_all(OverloadedError("The server is shutting down. Try again later.", retry_after_s=5.0))
+        if process is not None and not process.ended.done():
+            process.send(Close())
+            await asyncio.wait([process.ended], timeout=CLOSE_GRACE_S if hears_us else 0)
+            process.kill()
+            await process.ended
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        self._set_state(ModelState.CLOSED, "closed")
+
+    # ---- supervision
+
+    async def _supervise(self) -> None:
+        try:
+            while (delay_s := await self._one_life()) is not None:
+                await asyncio.sleep(delay_s)
+                self.num_restarts += 1
+                self._set_state(ModelState.LOADING, "restarting")
+        except asyncio.CancelledError:
+            raise
+        except Exception:  # the task's boundary: nobody awaits it, and a silent end would look like loading
+            logger.exception("The supervisor of %s failed.", self.name)
+            self._give_up("the supervisor failed; the server's log has the details")
+
+    async def _one_life(self) -> float | None:
+        """Run one worker to its end. Returns the seconds until the next, or None if there is none."""
+        self._asked_s, self._ready_s, self._last_words = time.monotonic(), None, None
+        self.times = LoadTimes()
+        try:
+            self._process = await WorkerProcess.start(
+                self.config, self._receive, log_level=self._log_level, load=self._load
+            )
+        except (OSError, EOFError) as error:
+            logger.exception("No worker process could be started for %s.", self.name)
+            return self._after_death(f"no process could be started ({error})")
+        self.times.forked_s = time.monotonic() - self._asked_s
+        process = self._process
+        try:
+            while not process.ended.done():
+                await asyncio.wait([process.ended], timeout=WATCH_INTERVAL_S)
+                self._kill_if_beyond_hope(process)
+        finally:
+            self._process = None
+        return self._after_death(_how_it_ended(process.ended.result()))
+
+    def _after_death(self, how: str) -> float | None:
+        now_s = time.monotonic()
+        self._fail_all(
+            EngineFailedError(f"The worker of {self.name} {how} while this request was aboard. Retry.")
+        )
+        if self.state not in (ModelState.LOADING, ModelState.READY):
+            return None
+        if self._ready_s is None and self._last_words is not None:
+            self._give_up(str(self._last_words))
+            return None
+        ready_for_s = 0.0 if self._ready_s is None else now_s - self._ready_s
+        delay_s = self._restart_rule.died(now_s, ready_for_s=ready_for_s)
+        if delay_s is None:
+            self._give_up(f"its worker keeps dying and is not restarted any more; the last {how}")
+            return None
+        logger.error("The worker of %s %s; restarting it in %.0f s.", self.name, how, delay_s)
+        self._set_state(ModelState.LOADING, f"its worker {how}; restarting in {delay_s:.0f} s")
+        return delay_s
+
+    def _give_up(self, reason: str) -> None:
+        logger.error("%s failed: %s", self.name, reason)
+        self._set_state(ModelState.FAILED, reason)
+
+    def _kill_if_beyond_hope(self, process: WorkerProcess) -> None:
+        if self._streams and self._stall_rule.beyond_hope(time.monotonic()):
+            logger.error(
+                "The worker of %s has made no step for too long with work aboard; killing it.", self.name
+            )
+            process.kill()
+
+    # ---- messages
+
+    def _receive(self, message: Message) -> None:
+        match message:
+            case Events(events):
+                self._stall_rule.moved(time.monotonic())
+                for event in events:
+                    self._deliver(event)
+            case Stats(stats, step_p99_s):
+                self.stats = stats
+                self._stall_rule.counted(stats.steps, step_p99_s, time.monotonic())
+            case Progress(phase, fraction):
+                self.progress = LoadProgress(phase, fraction)
+                self.reason = phase
+            case Ready(info):
+                self._became_ready(info)
+            case Failed(error):
+                self._last_words = error
+            case Pong():
+                pass
+            case _:
+                raise FrameError(f"a server does not take {type(message).__name__} frames.")
+
+    def _deliver(self, event: SequenceEvent) -> None:
+        stream = self._streams.get(event.request_id)
+        if stream is None:
+            return  # aborted here while its news was on the way
+        stream.put(event)
+        if stream.ended:
+            del self._streams[event.request_id]
+
+    def _became_ready(self, info: EngineInfo) -> None:
+        self._ready_s = time.monotonic()
+        self.times.ready_s = self._ready_s - self._asked_s
+        self._stall_rule = StallRule(self._ready_s)
+        self.info = info
+        self.progress = LoadProgress("ready", 1.0)
+        logger.info("%s is ready after %.2f s.", self.name, self.times.ready_s)
+        if self.state is ModelState.LOADING:
+            self._set_state(ModelState.READY, None)
+
+    def _send_frame(self, frame: bytes) -> None:
+        if self._process is not None:
+            self._process.send_frame(frame)
+
+    def _fail_all(self, error: MegptError) -> None:
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(error)
+
+    def _set_state(self, state: ModelState, reason: str | None) -> None:
+        self.state, self.reason = state, reason
+        self._settled.set()
+
+    def _require_ready(self) -> None:
+        match self.state:
+            case ModelState.READY:
+                return
+            case ModelState.LOADING:
+                raise OverloadedError(f"{self.name} is loading ({self.reason}). Try again in a few seconds.")
+            case ModelState.DRAINING:
+                raise OverloadedError("The server is shutting down. Try again later.", retry_after_s=5.0)
+            case _:
+                raise ModelLoadError(f"{self.name} is {self.state}: {self.reason}")
+
+
+def divide_threads(configs: Sequence[EngineConfig], num_threads: int) -> list[EngineConfig]:
+    """Give each config that leaves `num_threads` open an equal share of the CPU threads, at least one.
+
+    Threads that other configs ask for by number are theirs; the rest is divided, the first models get
+    the remainder.
+    """
+    open_ones = [config for config in configs if config.num_threads is None]
+    left = num_threads - sum(config.num_threads or 0 for config in configs)
+    shares = iter(
+        max(1, left // len(open_ones) + (rank < left % len(open_ones))) for rank in range(len(open_ones))
+    )
+    return [c if c.num_threads is not None else replace(c, num_threads=next(shares)) for c in configs]
+
+
+def _how_it_ended(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"exited with code {exit_code}"
+    try:
+        return f"was ended by {signal.Signals(-exit_code).name}"
+    except ValueError:
+        return f"was ended by signal {-exit_code}"

@@ -1,0 +1,133 @@
+"""An engine that does what a prompt's first token says: a fake for tests of the process split."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+
+from memory_efficient_gpt.config import EngineConfig
+from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
+from memory_efficient_gpt.errors import CheckpointError, InvalidRequestError
+from memory_efficient_gpt.request import FinishReason, Request, SamplingParams, SequenceEvent
+from memory_efficient_gpt.worker import ProgressCallback
+
+COUNT, KILLED, HANG, FAIL, OUT_OF_MEMORY, REFUSE, SUBMIT_BUG = range(1, 8)
+
+INFO = EngineInfo(
+    model="scripted", architecture="None", tier="B", tier_reason="fake", dtype="float32", device="cpu",
+    max_model_len=1 << 30, vocab_size=1000, eos_token_ids=(2,), num_kv_blocks=100, block_size=16,
+    kv_cache_dtype="float32", weights_bytes=1, kv_cache_bytes=1, attention_backend="none", notes=("fake",),
+)  # fmt: skip
+
+
+def request(
+    action: int, *, request_id: str = "r", delay_ms: int = 0, max_tokens: int = 5, n: int = 1
+) -> Request:
+    """A request whose sequences count from 0 to max_tokens - 1, `delay_ms` a step, or do worse."""
+    params = SamplingParams(max_tokens=max_tokens, n=n)
+    return Request(id=request_id, prompt_token_ids=(action, delay_ms), params=params)
+
+
+@dataclass
+class ScriptedEngine:
+    """Emits one token of every sequence in each step."""
+
+    info: EngineInfo = INFO
+    running: dict[str, list[int | None]] = field(default_factory=dict)
+    requests: dict[str, Request] = field(default_factory=dict)
+    counters: EngineStats = field(default_factory=lambda: EngineStats(num_kv_blocks=100))
+    closed: bool = False
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running)
+
+    def submit(self, request: Request) -> None:
+        if request.prompt_token_ids[0] == REFUSE:
+            raise InvalidRequestError("temperature must be lower.", param="temperature")
+        if request.prompt_token_ids[0] == SUBMIT_BUG:
+            raise KeyError("secret")
+        self.requests[request.id] = request
+        self.running[request.id] = [0] * request.params.n
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        if index is not None and request_id in self.running:
+            self.running[request_id][index] = None
+        if index is None or not any(c is not None for c in self.running.get(request_id, [])):
+            self.running.pop(request_id, None)
+
+    def step(self) -> list[SequenceEvent]:
+        events = []
+        for request_id in list(self.running):
+            self._act(*self.requests[request_id].prompt_token_ids)
+            events += self._count(request_id)
+        self.counters.steps += 1
+        return events
+
+    def _act(self, action: int, delay_ms: int) -> None:
+        time.sleep(delay_ms / 1000)
+        if action == KILLED:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif action == HANG:
+            time.sleep(1000)
+        elif action == FAIL:
+            raise RuntimeError("secret detail")
+        elif action == OUT_OF_MEMORY:
+            raise MemoryError
+
+    def _count(self, request_id: str) -> list[SequenceEvent]:
+        counts, limit = self.running[request_id], self.requests[request_id].params.max_tokens
+        events = []
+        for index, count in enumerate(counts):
+            if count is not None:
+                done = count + 1 == limit
+                reason = FinishReason.LENGTH if done else None
+                events.append(
+                    SequenceEvent(request_id=request_id, index=index, token_ids=[count], finish_reason=reason)
+                )
+                counts[index] = None if done else count + 1
+                self.counters.generated_tokens += 1
+        if not any(count is not None for count in counts):
+            del self.running[request_id]
+        return events
+
+    def stats(self) -> EngineStats:
+        self.counters.num_running = len(self.running)
+        self.counters.num_free_blocks = 100 - 10 * len(self.running)
+        return self.counters
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def load_scripted(config: EngineConfig, progress: ProgressCallback) -> ScriptedEngine:
+    """Loads, or fails as the model's name asks."""
+    progress("reading the script", 0.5)
+    match config.model:
+        case "damaged":
+            raise CheckpointError("model.safetensors has 10 bytes, must have 20. Download it again.")
+        case "buggy":
+            raise ValueError("secret detail")
+        case "dies":
+            os._exit(9)
+        case "babbles":
+            (fd,) = _sockets()
+            os.write(fd, b"\x00\x00\x00\x02\xc1\xc1")
+            time.sleep(1000)
+        case "endless":
+            time.sleep(1000)
+    return ScriptedEngine()
+
+
+def _sockets() -> list[int]:
+    fds = [int(name) for name in os.listdir("/proc/self/fd")]
+    return [fd for fd in fds if fd > 2 and _is_socket(fd)]
+
+
+def _is_socket(fd: int) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
+    except OSError:
+        return False

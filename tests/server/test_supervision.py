@@ -1,0 +1,52 @@
+"""When workers are restarted, given up and called stuck."""
+
+from __future__ import annotations
+
+from memory_efficient_gpt_server.supervision import RestartRule, StallRule
+
+
+def test_restarts_wait_twice_as_long_each_time() -> None:
+    rule = RestartRule()
+    assert [rule.died(t * 200.0, ready_for_s=0) for t in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_the_fifth_death_in_ten_minutes_is_the_last() -> None:
+    rule = RestartRule()
+    assert [rule.died(t * 149.0, ready_for_s=1) is None for t in range(5)] == [False] * 4 + [True]
+
+
+def test_a_steady_worker_is_restarted_quickly_again() -> None:
+    rule = RestartRule()
+    for t in range(4):
+        rule.died(t * 300.0, ready_for_s=0)
+    assert rule.died(2000.0, ready_for_s=60) == 1
+
+
+def test_a_worker_is_stuck_ten_seconds_after_its_last_step() -> None:
+    rule = StallRule(100.0)
+    rule.counted(7, 0.02, 103.0)
+    assert not rule.stalled(113.0)
+    assert rule.stalled(113.1)
+    rule.counted(7, 0.02, 114.0)
+    assert rule.stalled(114.0)
+    rule.counted(8, 0.02, 114.0)
+    assert not rule.stalled(120.0)
+
+
+def test_slow_steps_are_given_more_time() -> None:
+    rule = StallRule(0.0)
+    rule.counted(1, 3.0, 0.0)
+    assert not rule.stalled(59.0)
+    assert rule.stalled(61.0)
+
+
+def test_work_after_a_long_rest_starts_the_clock() -> None:
+    rule = StallRule(0.0)
+    rule.moved(1000.0)
+    assert not rule.stalled(1009.0)
+
+
+def test_a_stuck_worker_is_killed_within_thirty_seconds() -> None:
+    rule = StallRule(0.0)
+    assert not rule.beyond_hope(11.0)
+    assert rule.beyond_hope(30.0)

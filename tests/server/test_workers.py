@@ -1,0 +1,420 @@
+"""Models in real worker processes, most with a scripted engine: life, death and everything between."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from memory_efficient_gpt.config import EngineConfig
+from memory_efficient_gpt.errors import (
+    ConfigError,
+    EngineFailedError,
+    InvalidRequestError,
+    ModelLoadError,
+    OverloadedError,
+)
+from memory_efficient_gpt.request import FinishReason, Request, SamplingParams, SequenceEvent
+from memory_efficient_gpt_server import workers as workers_module
+from memory_efficient_gpt_server.supervision import RestartRule, StallRule
+from memory_efficient_gpt_server.worker_process import start_fork_server
+from memory_efficient_gpt_server.workers import ModelState, WorkerModel, divide_threads
+
+ENGINE_TESTS = Path(__file__).resolve().parents[1] / "engine"
+sys.path.insert(0, str(ENGINE_TESTS))
+from scripted_engine import COUNT, FAIL, HANG, KILLED, REFUSE, load_scripted, request
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+class EagerRestarts(RestartRule):
+    """The usual rule without the waiting."""
+
+    def died(self, now_s: float, *, ready_for_s: float) -> float | None:
+        return None if super().died(now_s, ready_for_s=ready_for_s) is None else 0.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fork_server() -> None:
+    start_fork_server()
+
+
+@asynccontextmanager
+async def serving(name: str = "scripted", *, ready: bool = True) -> AsyncIterator[WorkerModel]:
+    model = WorkerModel(EngineConfig(model=name), load=load_scripted, restart_rule=EagerRestarts)
+    model.start()
+    try:
+        if ready:
+            await model.wait_ready(30)
+        yield model
+    finally:
+        await model.close()
+
+
+async def answer(model: WorkerModel, what: Request) -> list[SequenceEvent]:
+    return [event async for event in model.submit(what)]
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10) -> float:
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < timeout_s
+        await asyncio.sleep(0.005)
+    return time.monotonic() - started
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def tokens(events: list[SequenceEvent]) -> list[int]:
+    return [token for event in events for token in event.token_ids]
+
+
+# ---- serving
+
+
+def test_requests_are_answered_side_by_side() -> None:
+    async def run() -> None:
+        async with serving() as model:
+            assert model.info is not None and model.info.notes == ("fake",)
+            answers = await asyncio.gather(
+                *(answer(model, request(COUNT, request_id=str(i), max_tokens=50)) for i in range(20))
+            )
+            assert all(tokens(events) == list(range(50)) for events in answers)
+            assert all(events[-1].finish_reason is FinishReason.LENGTH for events in answers)
+            await until(lambda: model.stats.generated_tokens == 1000)
+            assert model.num_open_requests == 0
+
+    asyncio.run(run())
+
+
+def test_a_refused_request_ends_with_its_error() -> None:
+    async def run() -> None:
+        async with serving() as model:
+            (event,) = await answer(model, request(REFUSE))
+            assert isinstance(event.error, InvalidRequestError)
+            assert event.error.param == "temperature"
+
+    asyncio.run(run())
+
+
+def test_what_can_not_be_sent_is_refused_here() -> None:
+    async def run() -> None:
+        async with serving() as model:
+            with pytest.raises(InvalidRequestError, match="can't be handed"):
+                model.submit(Request(id="r", prompt_token_ids=(COUNT,), client="\ud800"))
+            model.submit(request(COUNT, max_tokens=10**6))
+            with pytest.raises(InvalidRequestError, match="in use"):
+                model.submit(request(COUNT))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["abort", "aclose"])
+def test_abort_frees_blocks_within_100_ms(how: str) -> None:
+    async def run() -> float:
+        async with serving() as model:
+            stream = model.submit(request(COUNT, delay_ms=1, max_tokens=10**6))
+            await until(lambda: model.stats.num_free_blocks == 90)
+            if how == "abort":
+                model.abort("r")
+            else:
+                await stream.aclose()
+            took_s = await until(lambda: model.stats.num_free_blocks == 100)
+            assert [event async for event in stream] == []
+            return took_s
+
+    assert asyncio.run(run()) < 0.1
+
+
+def test_one_slow_reader_holds_up_nobody() -> None:
+    async def run() -> None:
+        async with serving() as model:
+            slow = model.submit(request(COUNT, request_id="slow", max_tokens=2000))
+            assert tokens(await answer(model, request(COUNT, max_tokens=2000))) == list(range(2000))
+            await until(lambda: slow.ended)
+            assert tokens([event async for event in slow]) == list(range(2000))
+
+    asyncio.run(run())
+
+
+# ---- loading
+
+
+def test_start_returns_at_once_and_requests_wait_for_no_load() -> None:
+    async def run() -> None:
+        async with serving("endless", ready=False) as model:
+            assert model.state is ModelState.LOADING
+            with pytest.raises(OverloadedError, match="loading"):
+                model.submit(request(COUNT))
+            await until(lambda: model.progress.phase == "reading the script")
+            assert model.progress.fraction == 0.5
+            with pytest.raises(TimeoutError):
+                await model.wait_ready(0.01)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("name", "told"), [("damaged", "must have 20"), ("buggy", "unexpected ValueError")])
+def test_a_model_that_can_not_be_loaded_says_why_and_is_not_retried(name: str, told: str) -> None:
+    async def run() -> None:
+        async with serving(name, ready=False) as model:
+            with pytest.raises(ModelLoadError, match=told):
+                await model.wait_ready(30)
+            assert model.state is ModelState.FAILED
+            assert "secret" not in str(model.reason)
+            assert model.num_restarts == 0
+            with pytest.raises(ModelLoadError, match=told):
+                model.submit(request(COUNT))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("name", "how"), [("dies", "exited with code 9"), ("babbles", "SIGKILL")])
+def test_a_worker_that_keeps_dying_is_given_up(name: str, how: str) -> None:
+    async def run() -> None:
+        async with serving(name, ready=False) as model:
+            with pytest.raises(ModelLoadError, match=f"keeps dying.*{how}"):
+                await model.wait_ready(30)
+            assert model.num_restarts == 4
+
+    asyncio.run(run())
+
+
+# ---- death
+
+
+@pytest.mark.parametrize("cause", ["outside", "engine", "step"])
+def test_a_dead_worker_fails_its_requests_and_is_replaced(cause: str) -> None:
+    async def run() -> None:
+        async with serving() as model:
+            victim = model.submit(request(COUNT, request_id="aboard", delay_ms=1, max_tokens=10**6, n=2))
+            first_pid = model.pid
+            assert (await anext(victim)).error is None
+            if cause == "outside":
+                assert first_pid is not None
+                os.kill(first_pid, signal.SIGKILL)
+            else:
+                model.submit(request(KILLED if cause == "engine" else FAIL))
+            rest = [event async for event in victim]
+            assert {event.index for event in rest if isinstance(event.error, EngineFailedError)} == {0, 1}
+            await until(lambda: model.state is not ModelState.READY)
+            await model.wait_ready(30)
+            assert model.pid != first_pid
+            assert tokens(await answer(model, request(COUNT))) == [0, 1, 2, 3, 4]
+            assert model.num_restarts == 1
+
+    asyncio.run(run())
+
+
+def test_a_hung_worker_is_not_ready_and_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hasty(StallRule):
+        def stalled(self, now_s: float) -> bool:
+            return super().stalled(now_s + self.limit_s - 0.2)
+
+        def beyond_hope(self, now_s: float) -> bool:
+            return super().beyond_hope(now_s + 2.5 * self.limit_s - 0.6)
+
+    monkeypatch.setattr(workers_module, "StallRule", Hasty)
+    monkeypatch.setattr(workers_module, "WATCH_INTERVAL_S", 0.05)
+
+    async def run() -> None:
+        async with serving() as model:
+            await asyncio.sleep(0.4)
+            assert not model.stalled  # idle is not stuck
+            hung = model.submit(request(HANG))
+            await until(lambda: model.stalled)
+            assert not model.ready and model.state is ModelState.READY
+            (event,) = [event async for event in hung]
+            assert isinstance(event.error, EngineFailedError)
+            await until(lambda: model.ready)
+
+    asyncio.run(run())
+
+
+def test_the_fork_server_can_die_too() -> None:
+    async def run() -> None:
+        async with serving() as model:
+            fork_server = int(Path(f"/proc/{model.pid}/stat").read_text().split()[3])
+            os.kill(fork_server, signal.SIGKILL)
+            await until(lambda: model.state is not ModelState.READY)
+            await model.wait_ready(30)
+            assert tokens(await answer(model, request(COUNT))) == [0, 1, 2, 3, 4]
+
+    asyncio.run(run())
+
+
+# ---- the end
+
+
+def test_close_drains_then_refuses_and_leaves_no_process() -> None:
+    async def run() -> None:
+        async with serving() as model:
+            pid = model.pid
+            assert pid is not None
+            stream = model.submit(request(COUNT, delay_ms=5, max_tokens=40))
+            closing = asyncio.create_task(model.close(drain_s=10))
+            await asyncio.sleep(0)
+            with pytest.raises(OverloadedError, match="shutting down"):
+                model.submit(request(COUNT, request_id="late"))
+            assert tokens([event async for event in stream]) == list(range(40))
+            await closing
+            assert model.state is ModelState.CLOSED
+            assert not alive(pid)
+
+    asyncio.run(run())
+
+
+def test_close_ends_what_outlasts_the_drain() -> None:
+    async def run() -> None:
+        async with serving() as model:
+            stream = model.submit(request(COUNT, delay_ms=5, max_tokens=10**6))
+            started = time.monotonic()
+            await model.close(drain_s=0.2)
+            assert time.monotonic() - started < 2
+            assert isinstance([event async for event in stream][-1].error, OverloadedError)
+
+    asyncio.run(run())
+
+
+def test_close_during_a_load_leaves_no_process() -> None:
+    async def run() -> None:
+        async with serving("endless", ready=False) as model:
+            await until(lambda: model.progress.fraction > 0)
+            pid = model.pid
+            assert pid is not None
+            await model.close()
+            assert not alive(pid)
+
+    asyncio.run(run())
+
+
+# ---- processes
+
+
+def test_a_worker_has_no_descriptor_of_the_server(tmp_path: Path) -> None:
+    async def run() -> None:
+        listener = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
+        secret = (tmp_path / "secret").open("w")
+        async with serving() as model:
+            fds = Path(f"/proc/{model.pid}/fd")
+            held = {int(entry.name): os.readlink(entry) for entry in fds.iterdir()}
+            assert sum(target.startswith("socket:") for fd, target in held.items() if fd > 2) == 1
+            assert set(held) - {0, 1, 2} == {fd for fd, to in held.items() if to.startswith("socket:") and fd > 2}
+        listener.close()
+        secret.close()
+
+    asyncio.run(run())
+
+
+def test_the_fork_server_has_one_thread_and_everything_imported() -> None:
+    async def run() -> None:
+        async with serving() as model:
+            fork_server = Path(f"/proc/{model.pid}/stat").read_text().split()[3]
+            assert "\nThreads:\t1\n" in Path(f"/proc/{fork_server}/status").read_text()
+            mapped = Path(f"/proc/{fork_server}/maps").read_text()
+            assert "libtorch" in mapped and "tokenizers" in mapped
+
+    asyncio.run(run())
+
+
+SERVER_SCRIPT = """
+import asyncio, sys
+from memory_efficient_gpt.config import EngineConfig
+from memory_efficient_gpt_server.workers import WorkerModel
+sys.path.insert(0, sys.argv[1])
+from scripted_engine import COUNT, load_scripted, request
+
+async def main():
+    model = WorkerModel(EngineConfig(model=sys.argv[2]), load=load_scripted)
+    model.start()
+    while model.progress.fraction < 0.5:
+        await asyncio.sleep(0.01)
+    if sys.argv[2] == "scripted":
+        await model.wait_ready()
+        model.submit(request(COUNT, delay_ms=1, max_tokens=10**6))
+    print(model.pid, flush=True)
+    await asyncio.sleep(1000)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("worker_is", ["scripted", "endless"])
+def test_a_worker_never_outlives_a_killed_server(tmp_path: Path, worker_is: str) -> None:
+    script = tmp_path / "server.py"
+    script.write_text(SERVER_SCRIPT)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, str(script), str(ENGINE_TESTS), worker_is]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as server:
+        assert server.stdout is not None
+        pid = int(server.stdout.readline())
+        assert alive(pid)
+        server.kill()
+        server.wait()
+        killed = time.monotonic()
+        while alive(pid):
+            assert time.monotonic() - killed < 2
+            time.sleep(0.01)
+
+
+def test_the_terminal_interrupts_the_server_and_not_the_worker() -> None:
+    async def run() -> None:
+        async with serving() as model:
+            assert model.pid is not None
+            assert os.getsid(model.pid) == model.pid
+            os.kill(model.pid, signal.SIGINT)
+            assert tokens(await answer(model, request(COUNT))) == [0, 1, 2, 3, 4]
+
+    asyncio.run(run())
+
+
+# ---- threads
+
+
+@pytest.mark.parametrize(
+    ("asked", "total", "given"),
+    [([None], 8, [8]), ([None, None, None], 8, [3, 3, 2]), ([None, 6], 8, [2, 6]), ([None, None], 1, [1, 1])],
+)
+def test_cpu_threads_are_divided_among_models(asked: list[int | None], total: int, given: list[int]) -> None:
+    configs = [EngineConfig(model="m", num_threads=number) for number in asked]
+    assert [config.num_threads for config in divide_threads(configs, total)] == given
+
+
+# ---- the real thing
+
+
+def test_a_bundled_model_is_served_from_a_worker() -> None:
+    async def run() -> None:
+        model = WorkerModel(EngineConfig(model="demo", num_threads=1))
+        model.start()
+        try:
+            await model.wait_ready(60)
+            params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+            what = Request(id="r", prompt_token_ids=(5, 6, 7), params=params)
+            first = tokens(await answer(model, what))
+            assert len(first) == 8
+            assert tokens(await answer(model, what)) == first
+            await until(lambda: model.stats.num_running == 0)
+        finally:
+            await model.close()
+
+    asyncio.run(run())
+
+
+def test_settings_a_worker_would_refuse_are_refused_here() -> None:
+    with pytest.raises(ConfigError, match="max_num_seqs"):
+        WorkerModel(EngineConfig(model="demo", max_num_seqs=0))
