@@ -106,7 +106,9 @@ class WindowSampler:
 def main() -> None:
     """Command line: tokenize the train and valid splits."""
     parser = argparse.ArgumentParser(prog="python -m training.data", description=__doc__)
-    parser.add_argument("--corpus", type=Path, required=True, help="folder with train.txt.xz and valid.txt.xz")
+    parser.add_argument(
+        "--corpus", type=Path, required=True, help="folder with train.txt.xz and valid.txt.xz"
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, help="folder for the .bin files and meta.json")
     parser.add_argument("--seed", type=int, default=0, help="order of the conversations (default 0)")
@@ -114,7 +116,7 @@ def main() -> None:
     meta = prepare(args.corpus, load_tokenizer(args.tokenizer), args.out, args.seed)
     for name, numbers in meta.items():
         tokens, size = numbers["tokens"], numbers["bytes"]
-        parser._print_message(f"{name:6} {tokens:>12,} tokens {size:>12,} bytes {size / tokens:.3f} bytes/token\n")
+        print(f"{name:6} {tokens:>12,} tokens {size:>12,} bytes {size / tokens:.3f} bytes/token")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def teacher_choices(
     total, keep = len(stream), length - length // 4
     ids = torch.zeros(total, CHOICES, dtype=torch.int16, device=stream.device)
     probabilities = torch.zeros(total, CHOICES, dtype=torch.float16, device=stream.device)
-    starts = list(range(0, total - length, keep)) + [total - length]
+    starts = [*range(0, total - length, keep), total - length]
     starts += [starts[-1]] * (-len(starts) % rows)
     offsets = torch.arange(length, device=stream.device)
     for index in tqdm(range(0, len(starts), rows), desc="teacher", mininterval=5):

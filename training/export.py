@@ -95,5 +95,7 @@ def export_folder(
     shutil.copyfile(tokenizer / "tokenizer.json", out / "tokenizer.json")
     (out / "chat_template.jinja").write_text(chat.CHAT_TEMPLATE, encoding="utf-8")
     (out / "README.md").write_text(card, encoding="utf-8")
-    rounded = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in weights.items()}
+    rounded = {
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in weights.items()
+    }
     save_file(rounded, out / "model.safetensors", metadata={"format": "pt"})

@@ -39,7 +39,7 @@ def orthogonalize(x: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class MuonGroup:
     """Parameters of one shape and their stacked momentum."""
 
-    parameters: list[nn.Parameter]
+    parameters: list[torch.Tensor]
     momentum: torch.Tensor
 
 
@@ -47,7 +47,7 @@ class MuonGroup:
 class AdamGroup:
     """Parameters of one learning rate and weight decay, with both moments."""
 
-    parameters: list[nn.Parameter]
+    parameters: list[torch.Tensor]
     mean: list[torch.Tensor]
     square: list[torch.Tensor]
     lr: float
@@ -61,8 +61,12 @@ class Optimizer:
         if recipe.optimizer not in ("muon", "adamw"):
             raise ValueError(f"unknown optimizer {recipe.optimizer!r}; choose muon or adamw")
         named = dict(model.named_parameters())
-        matrices = [p for name, p in named.items() if p.dim() == 2 and not name.endswith(EMBEDDINGS)]
-        others = [p for name, p in named.items() if p.dim() != 2 or name.endswith(EMBEDDINGS)]
+        matrices: list[torch.Tensor] = [
+            p for name, p in named.items() if p.dim() == 2 and not name.endswith(EMBEDDINGS)
+        ]
+        others: list[torch.Tensor] = [
+            p for name, p in named.items() if p.dim() != 2 or name.endswith(EMBEDDINGS)
+        ]
         device = others[0].device
         self.recipe = recipe
         self.rate = torch.zeros((), device=device)
@@ -116,15 +120,15 @@ class Optimizer:
         torch._foreach_mul_(update, lr / (1 - beta1**self._count))
         if group.weight_decay:
             torch._foreach_mul_(group.parameters, 1 - lr * group.weight_decay)
-        torch._foreach_sub_(group.parameters, update)
+        torch._foreach_sub_(group.parameters, list(update))
 
 
-def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+def _gradient(parameter: torch.Tensor) -> torch.Tensor:
     assert parameter.grad is not None, "step() before backward()"
     return parameter.grad
 
 
-def _adam_group(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> AdamGroup:
+def _adam_group(parameters: list[torch.Tensor], lr: float, weight_decay: float) -> AdamGroup:
     mean = [torch.zeros_like(p, requires_grad=False) for p in parameters]
     square = [torch.zeros_like(p, requires_grad=False) for p in parameters]
     return AdamGroup(parameters, mean, square, lr, weight_decay)

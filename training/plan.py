@@ -10,7 +10,6 @@ import argparse
 import gc
 import json
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -96,24 +95,32 @@ class Plan:
         result = train(run, self._streams, self._teacher(run.teacher))
         self.results.append({**result.summary(run), "wall_seconds": round(time.monotonic() - began, 1)})
         (self._out / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in result.model.state_dict().items()}
+        weights = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in result.model.state_dict().items()
+        }
         save_file(weights, self._scratch / f"{run.name}.safetensors")
         settings = self.results[-1]["settings"]
         (self._scratch / f"{run.name}.json").write_text(json.dumps(settings))
         if run.bundled:
-            export_folder(run.model, weights, self._tokenizer, CARD.format(name=run.name), self._out / run.name)
+            export_folder(
+                run.model, weights, self._tokenizer, CARD.format(name=run.name), self._out / run.name
+            )
 
 
 def main() -> None:
     """Command line: run a plan, print a table."""
     parser = argparse.ArgumentParser(prog="python -m training.plan", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder written by training.data")
-    parser.add_argument("--plan", type=Path, required=True, help="plan file, e.g. training/configs/bundled.yaml")
+    parser.add_argument(
+        "--plan", type=Path, required=True, help="plan file, e.g. training/configs/bundled.yaml"
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
     parser.add_argument("--out", type=Path, required=True, help="folder for results.json and bundled models")
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the weights (float32)")
     parser.add_argument("--deadline-s", type=float, default=1e9, help="start no run that would end later")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     for folder in (args.out, args.scratch):
@@ -123,7 +130,7 @@ def main() -> None:
     plan.run_all(args.deadline_s)
     for result in plan.results:
         cells = [f"{result[column]:>14}" for column in COLUMNS[1:]]
-        sys.stdout.write(f"{result['name']:24}" + "".join(cells) + "\n")
+        print(f"{result['name']:24}" + "".join(cells))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Doesn't know: what makes the logits (any callable [B, T] ids -> [B, T, V] logits
 Invariant: the separators are never scored and their bytes never counted.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Score:
 def split_stream(stream: torch.Tensor, separator: int) -> list[torch.Tensor]:
     """The books of a stream, each with the separator before it: [n + 1] tokens for n scored ones."""
     marks = (stream == separator).nonzero().flatten().tolist()
-    return [stream[start:end] for start, end in zip(marks, marks[1:], strict=False) if end > start + 1]
+    return [stream[start:end] for start, end in itertools.pairwise(marks) if end > start + 1]
 
 
 def window_starts(count: int, window: int, stride: int) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 Purpose: name, sizes and recipe of a model, with every default in one place.
 Doesn't know: how they are used.
-Invariant: an unknown key is an error; nothing is ever changed after reading (a plan merges YAML before parsing).
+Invariant: an unknown key is an error; nothing changes after reading (a plan merges YAML before parsing).
 """
 
 from dataclasses import dataclass, field, fields

@@ -56,7 +56,7 @@ class Step:
             inputs = places[:, :-1]
             choices = self._teacher[0].ids[inputs].long(), self._teacher[0].probabilities[inputs]
         loss = self._loss(self._stream[places].long(), choices)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._optimizer.step()
         self._loss_sum.add_(loss.detach())
 

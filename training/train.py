@@ -27,6 +27,7 @@ from training.scoring import Score, score_books, split_stream
 from training.settings import RecipeSettings, RunSettings, read_run
 from training.step import Step
 
+logger = logging.getLogger(__name__)
 LOG_EVERY = 20  # steps; each log waits for the device
 CARD = "# {name}\n\nTrained by `training.train`; see docs/bundled_models.md.\n"
 
@@ -143,9 +144,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder written by training.data")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with tokenizer.json")
-    parser.add_argument("--config", type=Path, required=True, help="run settings, e.g. training/configs/tiny.yaml")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="run settings, e.g. training/configs/tiny.yaml"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, training.json inside")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     run = read_run(args.config)
@@ -153,7 +158,7 @@ def main() -> None:
     export_folder(run.model, result.model.state_dict(), args.tokenizer, CARD.format(name=run.name), args.out)
     summary = result.summary(run)
     (args.out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-    logging.info("valid: %.4f bits per byte", summary["valid_bits_per_byte"])
+    logger.info("valid: %.4f bits per byte", summary["valid_bits_per_byte"])
 
 
 if __name__ == "__main__":

@@ -102,9 +102,9 @@ def build(
         from memory_efficient_gpt.fusion import fuse
 
         notes = (*notes, fuse(model).summary())
-    backend, reason = choose_backend(device, native=config.native_kernels)
-    notes = (*notes, reason, *decision.notes)
     dtype = _kv_dtype(config, model.dtype)
+    backend, reason = choose_backend(device, model.dtype, dtype, native=config.native_kernels)
+    notes = (*notes, reason, *decision.notes)
     block_size = config.block_size or (BLOCK_SIZE_CPU if device.type == "cpu" else BLOCK_SIZE_CUDA)
     max_len, notes = _context_length(config, model.config, decision, notes)
     num_blocks = _num_blocks(config, layers, block_size, dtype, device, max_len)

@@ -157,7 +157,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
             f"{folder / 'config.json'}: model_type {raw.get('model_type')!r} cannot be loaded: "
             f"{_first_line(error)}"
         ) from error
-    return config.get_text_config()
+    text_config: PreTrainedConfig = config.get_text_config()
+    return text_config
 
 
 def load_model(
@@ -171,8 +172,9 @@ def load_model(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # loads have a bar of their own
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its annotations miss output_loading_info
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -185,7 +187,8 @@ def load_model(
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise CheckpointError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
     _refuse_incomplete(folder, report)
-    return model.eval().requires_grad_(False)
+    loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    return loaded
 
 
 def eos_token_ids(model: PreTrainedModel, folder: Path | None) -> tuple[int, ...]:

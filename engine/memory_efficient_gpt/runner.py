@@ -20,6 +20,7 @@ from memory_efficient_gpt.attention.interface import forward_packed
 from memory_efficient_gpt.kv_cache.pool import KVPool
 from memory_efficient_gpt.sequence import Step
 from memory_efficient_gpt.step_sampling import PendingStep, draw, num_prompt_targets
+from memory_efficient_gpt.uploads import upload
 
 
 class Runner(Protocol):
@@ -79,12 +80,12 @@ class PackedRunner:
             context = self._context(layout)
             rows = self._logit_rows(step, layout)
             logits = forward_packed(
-                self._model, self._input_ids(layout), self._to_device(layout.positions), context, rows
+                self._model, self._input_ids(layout), upload(layout.positions, self._device), context, rows
             )
             pending = draw(step, logits, self._end_ids, self._last_tokens if self._keep_last_tokens else None)
             if pending.token_ids is not None and self._keep_last_tokens:
-                slots = torch.tensor([s.seq.slot for s in step.samples], dtype=torch.int64)
-                self._last_tokens[slots.to(self._device)] = pending.token_ids
+                slots = np.asarray([s.seq.slot for s in step.samples], dtype=np.int64)
+                self._last_tokens[upload(slots, self._device)] = pending.token_ids
         return pending
 
     def rest(self) -> None:
@@ -125,10 +126,10 @@ class PackedRunner:
         query_lens = np.diff(layout.query_starts)
         return StepContext(
             backend=self._backend,
-            slots=self._to_device(layout.slots),
-            block_tables=self._to_device(layout.block_tables),
-            query_starts=self._to_device(layout.query_starts),
-            context_lens=self._to_device(layout.context_lens),
+            slots=upload(layout.slots, self._device),
+            block_tables=upload(layout.block_tables, self._device),
+            query_starts=upload(layout.query_starts, self._device),
+            context_lens=upload(layout.context_lens, self._device),
             max_query_len=int(query_lens.max()),
             max_context_len=int(layout.context_lens.max()),
             host_query_lens=query_lens.tolist(),
@@ -136,9 +137,9 @@ class PackedRunner:
         )
 
     def _input_ids(self, layout: _Layout) -> torch.Tensor:
-        ids = self._to_device(layout.input_ids)
+        ids = upload(layout.input_ids, self._device)
         if layout.unread:
-            where, slots = torch.tensor(layout.unread, dtype=torch.int64).T.to(self._device)
+            where, slots = upload(np.asarray(layout.unread, dtype=np.int64).T, self._device)
             ids[where] = self._last_tokens[slots]
         return ids
 
@@ -151,10 +152,4 @@ class PackedRunner:
             if chunk.prompt_logprobs is not None
             for offset in range(num_prompt_targets(chunk))
         ]
-        return torch.tensor(sampled + prompt_rows, dtype=torch.int64).to(self._device)
-
-    def _to_device(self, array: npt.NDArray[np.int32] | npt.NDArray[np.int64]) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+        return upload(np.asarray(sampled + prompt_rows, dtype=np.int64), self._device)

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from memory_efficient_gpt.sampling import LogprobTensors, Sampled, SampleRow, SamplingBatch, prompt_logprobs, sample
 from memory_efficient_gpt.sequence import Chunk, Sample, Step, StepOutcome
+from memory_efficient_gpt.uploads import upload
 
 
 @dataclass(slots=True)
@@ -67,7 +69,7 @@ def draw(
         if chunk.prompt_logprobs is None:
             continue
         targets = chunk.seq.tokens[chunk.start + 1 : chunk.start + 1 + num_prompt_targets(chunk)]
-        ids = torch.tensor(targets, dtype=torch.int64).to(logits.device)
+        ids = upload(np.asarray(targets, dtype=np.int64), logits.device)
         tensors = prompt_logprobs(logits[offset : offset + len(targets)], ids, chunk.prompt_logprobs)
         pending.prompt_logprobs[number] = (tensors.to_host(), chunk.prompt_logprobs)
         offset += len(targets)
@@ -104,6 +106,6 @@ def _unread_tokens(
     unread = [r.params.penalized and len(r.outputs) < s.output_index for s, r in zip(samples, rows, strict=True)]
     if last_tokens is None or not any(unread):
         return None
-    slots = torch.tensor([s.seq.slot for s in samples], dtype=torch.int64).to(last_tokens.device)
-    missing = torch.tensor(unread).to(last_tokens.device)
+    slots = upload(np.asarray([s.seq.slot for s in samples], dtype=np.int64), last_tokens.device)
+    missing = upload(np.asarray(unread), last_tokens.device)
     return torch.where(missing, last_tokens[slots], -1)

@@ -147,7 +147,7 @@ def _packed_error(config: PreTrainedConfig) -> float:
             error = packed_error(model, probe_geometry(model.config), plain)
         except UnsupportedModelError:
             raise
-        except Exception as failure:  # noqa: BLE001  # any model code may run here
+        except Exception as failure:  # any model code may run here
             raise UnsupportedModelError(f"packed execution failed with {_describe(failure)}") from failure
         if error < TOLERANCE:
             break

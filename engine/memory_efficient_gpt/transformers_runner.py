@@ -13,7 +13,7 @@ from __future__ import annotations
 import queue
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -68,9 +68,10 @@ class _Generation:
             max_new_tokens=self._max_new_tokens, do_sample=False, use_cache=True, pad_token_id=0
         )
         ids = torch.tensor([self._tokens], dtype=torch.int64, device=self._model.device)
+        generate: Any = self._model.generate  # PreTrainedModel doesn't declare it
         try:
             with torch.inference_mode():
-                self._model.generate(
+                generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
                     generation_config=config,

@@ -43,7 +43,7 @@ from memory_efficient_gpt.frames import (
 from memory_efficient_gpt.request import FinishReason, Request, SequenceEvent
 from memory_efficient_gpt.wire import FrameError, unpack_record
 from memory_efficient_gpt.worker_channel import ConnectionClosedError, FrameChannel
-from memory_efficient_gpt.worker_process import detach_from_server
+from memory_efficient_gpt.worker_process import configure_logging, detach_from_server
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +106,16 @@ def run_worker(
     sock: socket.socket,
     config: Mapping[str, object],
     log_level: str = "INFO",
+    log_json: bool = False,
     load: LoadEngine = load_engine,
 ) -> None:
     """Entry point of the forked process; ends it with an exit code.
 
     sock: this side of the connection to the server. config: an EngineConfig as `pack_record` gives it.
-    load: called once with the config and a progress callback; tests give a fake.
+    log_json: whether log lines (to standard error) are JSON objects. load: called once with the config
+    and a progress callback; tests give a fake.
     """
-    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(log_level, as_json=log_json)
     signal.signal(signal.SIGTERM, _exit_on_signal)
     engine_config = unpack_record(EngineConfig, config)
     detach_from_server(sock, name=engine_config.model)

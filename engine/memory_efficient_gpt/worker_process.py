@@ -1,4 +1,4 @@
-"""What makes a forked process a worker of its own: its signals, its lifetime, its descriptors.
+"""What makes a forked process a worker of its own: its signals, lifetime, descriptors and log lines.
 
 Purpose: cut a worker off from the server that started it, except for one socket.
 Does not know: engines, frames.
@@ -17,12 +17,14 @@ more slowly, and is all there is outside Linux.
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import resource
 import signal
 import socket
 import sys
+import time
 from typing import Final
 
 logger = logging.getLogger(__name__)
@@ -54,3 +56,32 @@ def _close_descriptors_except(kept: int) -> None:
     highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     os.closerange(3, kept)
     os.closerange(kept + 1, highest if highest != resource.RLIM_INFINITY else 1 << 20)
+
+
+def configure_logging(level: str, *, as_json: bool) -> None:
+    """Write log lines to standard error, which a worker shares with its server. Mutates the root logger."""
+    logging.Formatter.converter = time.gmtime
+    logging.basicConfig(
+        level=level,
+        format=f"%(asctime)sZ %(levelname)-7s worker {os.getpid()} %(name)s: %(message)s",
+        force=True,
+    )
+    if as_json:
+        logging.getLogger().handlers[0].setFormatter(_JsonFormatter())
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object per record, with the fields of the server's own lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            "worker": os.getpid(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)

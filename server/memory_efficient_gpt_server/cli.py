@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands."""
     parser = argparse.ArgumentParser(
         prog="megpt",
-        description="Run language models in little memory: serve them over an OpenAI-shaped API, or use them here.",
+        description="Run language models in little memory: as an OpenAI-shaped server, or right here.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -7,7 +7,6 @@ Invariant: whatever is raised, the body has OpenAI's shape, and an unexpected er
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from typing import Final
@@ -27,8 +26,7 @@ from memory_efficient_gpt.errors import (
     OverloadedError,
     SamplingFailedError,
 )
-
-logger = logging.getLogger(__name__)
+from memory_efficient_gpt_server.logs import RequestRecord
 
 LEAST_RETRY_AFTER_S: Final = 1
 MOST_RETRY_AFTER_S: Final = 60
@@ -185,7 +183,10 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 async def _handle(request: Request, error: Exception) -> Response:
-    return answer_for(error, request.scope.get("megpt.request_id", "")).response()
+    record: RequestRecord = request.scope["megpt.record"]
+    answer = answer_for(error, record.id)
+    record.error = answer.code
+    return answer.response()
 
 
 def _http_answer(error: HTTPException) -> ErrorAnswer:

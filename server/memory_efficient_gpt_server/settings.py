@@ -148,6 +148,11 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def has_keys(self) -> bool:
+        """Whether clients must show a key."""
+        return bool(self.api_keys) or self.admin_key is not None
+
+    @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         if self.host == "localhost":

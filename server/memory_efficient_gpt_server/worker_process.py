@@ -89,6 +89,7 @@ class WorkerProcess(asyncio.Protocol):
         receive: Callable[[Message], None],
         *,
         log_level: str = "INFO",
+        log_json: bool = False,
         load: LoadEngine = load_engine,
     ) -> WorkerProcess:
         """Fork a worker that loads `config`; `receive` is called in this loop with each of its messages.
@@ -100,7 +101,7 @@ class WorkerProcess(asyncio.Protocol):
         try:
             process = multiprocessing.get_context("forkserver").Process(
                 target=run_worker,
-                args=(theirs, pack_record(config), log_level, load),
+                args=(theirs, pack_record(config), log_level, log_json, load),
                 name=f"worker {config.model}",
                 daemon=True,
             )

@@ -99,6 +99,7 @@ class WorkerModel:
         *,
         name: str | None = None,
         log_level: str = "INFO",
+        log_json: bool = False,
         load: LoadEngine = load_engine,
         restart_rule: Callable[[], RestartRule] = RestartRule,
     ) -> None:
@@ -111,7 +112,7 @@ class WorkerModel:
         self.progress = LoadProgress("waiting", 0.0)
         self.times = LoadTimes()
         self.num_restarts = 0
-        self._log_level = log_level
+        self._log_level, self._log_json = log_level, log_json
         self._load = load
         self._restart_rule = restart_rule()
         self._streams: dict[str, EventStream] = {}
@@ -234,7 +235,11 @@ class WorkerModel:
         self.times = LoadTimes()
         try:
             self._process = await WorkerProcess.start(
-                self.config, self._receive, log_level=self._log_level, load=self._load
+                self.config,
+                self._receive,
+                log_level=self._log_level,
+                log_json=self._log_json,
+                load=self._load,
             )
         except (OSError, EOFError) as error:
             logger.exception("No worker process could be started for %s.", self.name)

@@ -146,7 +146,9 @@ def test_random_bytes_give_messages_or_frame_errors(data: bytes) -> None:
             pass
 
 
-_leaf = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=9) | st.binary()
+_leaf = (
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats() | st.text(max_size=9) | st.binary()
+)
 _key = st.text(max_size=5) | st.integers(0, 9)
 _nonsense = st.recursive(
     _leaf,

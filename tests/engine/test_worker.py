@@ -211,7 +211,9 @@ def test_a_failed_step_fails_what_is_aboard_and_ends_the_worker(
 
 
 def test_drain_finishes_what_is_aboard_and_refuses_the_rest(server: Server) -> None:
-    server.send(Submit(request(COUNT, delay_ms=5, max_tokens=20)), Drain(), Submit(request(COUNT, request_id="late")))
+    server.send(
+        Submit(request(COUNT, delay_ms=5, max_tokens=20)), Drain(), Submit(request(COUNT, request_id="late"))
+    )
     (late,) = server.events_until_end("late")
     assert isinstance(late.error, OverloadedError)
     assert server.events_until_end()[-1].finish_reason is FinishReason.LENGTH
@@ -287,7 +289,9 @@ def _wait_until(condition: Callable[[], bool], timeout_s: float = 5) -> None:
 
 
 def test_requests_reach_the_engine_unchanged(server: Server) -> None:
-    sent = Request(id="whole", prompt_token_ids=(COUNT, 0, 7), client="c", cache_salt="s", use_prefix_cache=False)
+    sent = Request(
+        id="whole", prompt_token_ids=(COUNT, 0, 7), client="c", cache_salt="s", use_prefix_cache=False
+    )
     server.send(Submit(sent), Ping(1))
     server.next(Pong)
     assert server.engine.requests["whole"] == sent

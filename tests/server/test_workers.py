@@ -312,7 +312,9 @@ def test_a_worker_has_no_descriptor_of_the_server(tmp_path: Path) -> None:
             fds = Path(f"/proc/{model.pid}/fd")
             held = {int(entry.name): os.readlink(entry) for entry in fds.iterdir()}
             assert sum(target.startswith("socket:") for fd, target in held.items() if fd > 2) == 1
-            assert set(held) - {0, 1, 2} == {fd for fd, to in held.items() if to.startswith("socket:") and fd > 2}
+            assert set(held) - {0, 1, 2} == {
+                fd for fd, to in held.items() if to.startswith("socket:") and fd > 2
+            }
         listener.close()
         secret.close()
 

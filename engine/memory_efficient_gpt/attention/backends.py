@@ -16,10 +16,12 @@ from memory_efficient_gpt.attention.context import AttentionBackend
 logger = logging.getLogger(__name__)
 
 
-def choose_backend(device: torch.device, *, native: bool) -> tuple[AttentionBackend, str]:
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype, *, native: bool
+) -> tuple[AttentionBackend, str]:
     """The best backend that works on `device`, with the reason for it.
 
-    native: whether the C++ kernels may be used on a CPU.
+    dtype: the queries'; cache_dtype: the KV pool's. native: whether the C++ kernels may be used on a CPU.
     """
     from memory_efficient_gpt.attention.torch_backend import TorchBackend
 
@@ -28,11 +30,11 @@ def choose_backend(device: torch.device, *, native: bool) -> tuple[AttentionBack
     if not native:
         return TorchBackend(), "attention by torch: native kernels are switched off"
     from memory_efficient_gpt.attention.cpu import NativeCPUBackend
-    from memory_efficient_gpt.native.build import Unavailable, load_library
+    from memory_efficient_gpt.native.build import Unavailable
 
-    library = load_library()
-    if isinstance(library, Unavailable):
-        reason = f"attention by torch: native kernels are unavailable: {library.reason}"
+    backend = NativeCPUBackend.create(dtype, cache_dtype)
+    if isinstance(backend, Unavailable):
+        reason = f"attention by torch: {backend.reason}"
         logger.warning(reason)
         return TorchBackend(), reason
-    return NativeCPUBackend(), "attention by native C++ kernels"
+    return backend, "attention by native C++ kernels"

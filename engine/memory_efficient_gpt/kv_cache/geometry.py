@@ -74,7 +74,7 @@ def probe_geometry(config: PreTrainedConfig) -> list[LayerKV]:
             model(input_ids=ids, position_ids=positions, use_cache=False)
     except UnsupportedModelError:
         raise
-    except Exception as error:  # noqa: BLE001  # any model code may run here; any failure means the same
+    except Exception as error:  # any model code may run here; any failure means the same
         raise UnsupportedModelError(
             f"{_name(config)} cannot run with paged attention: its forward pass failed with "
             f"{type(error).__name__}: {error}"
@@ -148,7 +148,7 @@ def _build_on_meta(config: PreTrainedConfig) -> torch.nn.Module:
         raise UnsupportedModelError(
             f"{_name(config)} chooses its attention from a table of its own, without transformers' interface."
         ) from error
-    except Exception as error:  # noqa: BLE001  # any model code may run here; any failure means the same
+    except Exception as error:  # any model code may run here; any failure means the same
         raise _cannot_build(config, error) from error
     remove_host_reads(model)  # meta tensors have no values to read
     return model.train(False)

@@ -6,9 +6,9 @@ Does not know: attention, weights.
 Invariant: afterwards a sequence's result depends on its own tokens only, whatever is packed beside it.
 
 Two places in transformers look: the check for padding without a mask, and RoPE kinds that choose their
-frequencies by the longest position of the batch. The second is also wrong for packed rows: LongRoPE and dynamic
-NTK scaling change all frequencies once any position passes the length that the model was trained on, so a
-long request would change the short ones beside it. Frozen, the frequencies stay those of short sequences.
+frequencies by the longest position of the batch. The second is also wrong for packed rows: LongRoPE and
+dynamic NTK scaling change all frequencies once any position passes the length that the model was trained
+on, so a long request would change the short ones beside it. Frozen, they stay those of short sequences.
 """
 
 from __future__ import annotations

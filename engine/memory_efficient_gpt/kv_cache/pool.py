@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
 from memory_efficient_gpt.kv_cache.geometry import LayerKV
+from memory_efficient_gpt.uploads import upload
 
 _SCALE_BYTES = 4
 
@@ -70,7 +72,7 @@ class KVPool:
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (source, target) in every layer; targets are overwritten."""
         device = self.caches[0].key.device
-        source, target = torch.tensor(copies, dtype=torch.int64).T.to(device)
+        source, target = upload(np.asarray(copies, dtype=np.int64).T, device)
         for cache in self.caches:
             for tensor in (cache.key, cache.value, cache.key_scale, cache.value_scale):
                 if tensor is not None:

@@ -1,12 +1,12 @@
 """Batched sampling: one step's logits in, one token a row out.
 
-    rng.py        one uniform number for a (seed, counter) pair
-    batch.py      rows of a step -> tensors: SampleRow, SamplingBatch
-    adjust.py     logit bias, suppression, penalties
-    draw.py       temperature, min_p, top_k, top_p, the draw itself
-    ordering.py   the sorts and maxima these need, fast on each device
-    logprobs.py   log probabilities of chosen and most likely tokens
-    sampler.py    sample(): all of it in order
+rng.py        one uniform number for a (seed, counter) pair
+batch.py      rows of a step -> tensors: SampleRow, SamplingBatch
+adjust.py     logit bias, suppression, penalties
+draw.py       temperature, min_p, top_k, top_p, the draw itself
+ordering.py   the sorts and maxima these need, fast on each device
+logprobs.py   log probabilities of chosen and most likely tokens
+sampler.py    sample(): all of it in order
 """
 
 from __future__ import annotations

@@ -2,18 +2,21 @@
 
 Purpose: logit_bias, min_tokens, repetition, presence and frequency penalties for the rows that use them.
 Does not know: temperature, filters, how tokens are chosen.
-Invariant: a row that uses no feature keeps its logits bit for bit; the input is never changed.
+Invariant: a token that no feature names keeps its logit bit for bit; the input is never changed.
 
-Order: logit_bias, suppression, repetition, presence and frequency. The repetition penalty counts prompt and
-output tokens (Keskar et al., CTRL, 2019, section 4.1: positive logits are divided by it, negative ones multiplied);
-presence and frequency penalties count output tokens only and are subtracted, as in the OpenAI API.
+Order: logit_bias, suppression, repetition, presence and frequency. The repetition penalty counts prompt
+and output tokens: positive logits are divided by it, others multiplied. Presence and frequency penalties
+count output tokens only and are subtracted, as in the OpenAI API. A token's logit x becomes
+    rep(x) - count * frequency - min(count, 1) * presence
+where count is how often it is among the row's outputs. Only named tokens are computed, so the cost
+follows the length of the texts and not rows * vocabulary.
 """
 
 from __future__ import annotations
 
 import torch
 
-from memory_efficient_gpt.sampling.batch import Entries, Penalties, SamplingBatch
+from memory_efficient_gpt.sampling.batch import Penalties, SamplingBatch
 
 
 def adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
@@ -22,41 +25,59 @@ def adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     if not batch.adjusts:
         return adjusted
     if adjusted is logits:
-        adjusted = logits.clone()
+        adjusted = logits.clone(memory_format=torch.contiguous_format)
+    flat = adjusted.view(-1)
+    size = logits.shape[-1]
     if batch.bias is not None:
         entries, values = batch.bias
-        adjusted.index_put_((entries.rows, entries.ids), values, accumulate=True)
+        flat.index_add_(0, entries.rows * size + entries.ids, values)
     if batch.suppressed is not None:
-        never = torch.full((), -torch.inf, device=logits.device)
-        adjusted.index_put_((batch.suppressed.rows, batch.suppressed.ids), never)
+        flat.index_fill_(0, batch.suppressed.rows * size + batch.suppressed.ids, -torch.inf)
     if batch.penalties is not None:
-        penalized = _penalize(adjusted.index_select(0, batch.penalties.rows), batch.penalties)
-        adjusted.index_copy_(0, batch.penalties.rows, penalized)
+        _penalize(flat, size, batch.penalties)
     return adjusted
 
 
-def _penalize(logits: torch.Tensor, penalties: Penalties) -> torch.Tensor:
-    """`[P, V] float32`, changed in place and returned."""
-    counts = _count(logits, penalties.outputs, penalties.pending)
-    if penalties.prompt is not None:
-        seen = _mark(counts > 0, penalties.prompt)
-        factor = torch.where(logits > 0, 1.0 / penalties.repetition, penalties.repetition)
-        logits = torch.where(seen, logits * factor, logits)
-    logits -= counts * penalties.frequency
-    logits -= counts.clamp_(max=1.0).mul_(penalties.presence)
-    return logits
+def _penalize(flat: torch.Tensor, size: int, penalties: Penalties) -> None:
+    """Penalize logits `flat [R * V]` in place.
 
-
-def _count(logits: torch.Tensor, outputs: Entries, pending: torch.Tensor | None) -> torch.Tensor:
-    """How often each token is among the outputs: `[P, V] float32`. Whole numbers, so any order adds up alike."""
-    counts = torch.zeros_like(logits)
-    counts.index_put_((outputs.rows, outputs.ids), torch.ones((), device=logits.device), accumulate=True)
+    All values are computed before the first is written. Prompt tokens are written first, as if absent
+    from the outputs; the outputs' tokens overwrite them, and the pending token overwrites both. Repeated
+    prompt tokens write the same value, and the other two lists have no repeats.
+    """
+    writes: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for entries, counts in ((penalties.prompt, None), (penalties.outputs, penalties.counts)):
+        if entries is not None:
+            places = penalties.rows[entries.rows] * size + entries.ids
+            writes.append((places, _penalized(flat[places], entries.rows, counts, penalties)))
+    pending = None if penalties.pending is None else _pending(flat, size, penalties, penalties.pending)
+    for places, values in writes:
+        flat.index_copy_(0, places, values)
     if pending is not None:
-        exists = (pending >= 0).to(counts.dtype)
-        counts.scatter_add_(1, pending.clamp(min=0)[:, None], exists[:, None])
-    return counts
+        places, values, exists = pending
+        flat.index_copy_(0, places, torch.where(exists, values, flat[places]))
 
 
-def _mark(seen: torch.Tensor, entries: Entries) -> torch.Tensor:
-    """`seen [P, V] bool` with the entries set, in place."""
-    return seen.index_put_((entries.rows, entries.ids), torch.ones((), dtype=torch.bool, device=seen.device))
+def _penalized(
+    logits: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor | None, penalties: Penalties
+) -> torch.Tensor:
+    """New values of `logits [E]` of penalized rows `rows [E]`; counts None: not in the outputs."""
+    repetition = penalties.repetition[rows]
+    values = torch.where(logits > 0, logits / repetition, logits * repetition)
+    if counts is None:
+        return values
+    return values - counts * penalties.frequency[rows] - counts.clamp(max=1.0) * penalties.presence[rows]
+
+
+def _pending(
+    flat: torch.Tensor, size: int, penalties: Penalties, pending: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The pending tokens' places `[P]`, new values `[P]`, and whether there is such a token `[P] bool`."""
+    exists = pending >= 0
+    counts = exists.float()
+    if penalties.outputs is not None and penalties.counts is not None:
+        hits = penalties.outputs.ids == pending[penalties.outputs.rows]
+        counts.index_add_(0, penalties.outputs.rows, hits * penalties.counts)  # whole numbers: exact
+    places = penalties.rows * size + pending.clamp(min=0)
+    rows = torch.arange(len(pending), device=pending.device)
+    return places, _penalized(flat[places], rows, counts, penalties), exists

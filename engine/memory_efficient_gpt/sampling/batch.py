@@ -27,9 +27,10 @@ class SampleRow:
     """One token to choose.
 
     seed: of the sequence (a request's n sequences have different ones). counter: the index of the output
-    token being chosen. history: prompt tokens; outputs: output tokens known on the host; both are read
-    only when the row has penalties, and may be numpy arrays, which are not copied. suppress: ids that may not be
-    chosen now (end-of-sequence and stop ids while min_tokens is not reached).
+    token being chosen. history: prompt tokens, in any order and with or without repeats (a caller that keeps
+    `np.unique(prompt)` saves converting a long prompt at each step). outputs: output tokens known on the
+    host. history is read only with a repetition penalty, outputs only with any. suppress: ids that may
+    not be chosen now (end-of-sequence and stop ids while min_tokens is not reached).
     """
 
     params: SamplingParams
@@ -52,8 +53,10 @@ class Entries:
 class Penalties:
     """The P penalized rows. rows `[P] int64` are their places in the batch.
 
-    repetition, presence, frequency: `[P, 1] float32`. prompt (None: no row has a repetition penalty) and
-    outputs count rows from 0 to P - 1. pending `[P] int64`: the token not yet in outputs, or -1.
+    repetition, presence, frequency: `[P] float32`. prompt: tokens of the prompts, repeats allowed (None: no
+    row has a repetition penalty, or there are none). outputs: distinct output tokens, and `[E] float32`
+    how often each occurs (None: there are none). Both count rows from 0 to P - 1.
+    pending `[P] int64`: the token that outputs lack yet, or -1.
     """
 
     rows: torch.Tensor
@@ -61,7 +64,8 @@ class Penalties:
     presence: torch.Tensor
     frequency: torch.Tensor
     prompt: Entries | None
-    outputs: Entries
+    outputs: Entries | None
+    counts: torch.Tensor | None
     pending: torch.Tensor | None
 
 
@@ -164,18 +168,21 @@ class SamplingBatch:
             return None
         params = [rows[i].params for i in chosen]
         factors = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
-        columns = self._upload(np.array(factors, dtype=np.float32).T).unsqueeze(-1)
+        repetition, presence, frequency = self._upload(np.array(factors, dtype=np.float32).T)
         index = self._upload(np.array(chosen, dtype=np.int64))
-        repeats = any(p.repetition_penalty != 1.0 for p in params)
-        nothing = torch.empty(0, dtype=torch.int64, device=self.device)
-        nowhere = Entries(nothing, nothing)
+        prompts = [rows[i].history if rows[i].params.repetition_penalty != 1.0 else () for i in chosen]
+        distinct = [
+            np.unique(np.asarray(rows[i].outputs, dtype=np.int64), return_counts=True) for i in chosen
+        ]
+        counts = np.concatenate([c for _, c in distinct]).astype(np.float32)
         return Penalties(
             rows=index,
-            repetition=columns[0],
-            presence=columns[1],
-            frequency=columns[2],
-            prompt=(self._entries([rows[i].history for i in chosen]) or nowhere) if repeats else None,
-            outputs=self._entries([rows[i].outputs for i in chosen]) or nowhere,
+            repetition=repetition,
+            presence=presence,
+            frequency=frequency,
+            prompt=self._entries(prompts),
+            outputs=self._entries([ids for ids, _ in distinct]),
+            counts=self._upload(counts) if len(counts) else None,
             pending=None if pending is None else pending[index],
         )
 
@@ -194,12 +201,11 @@ class SamplingBatch:
 
     def _upload(self, array: npt.NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
 
 def takes_most_likely(params: SamplingParams) -> bool:
     """Whether no draw is needed: greedy, or a top_k or top_p that leaves only the most likely token."""
     return params.greedy or params.top_k == 1 or params.top_p == 0.0
-

@@ -11,10 +11,10 @@ Weights. A token's weight is w = exp((logit - max) / temperature), in [0, 1] and
 Each filter is a lower bound on weights, so that they act as one threshold, tokens of equal weight stay or
 go together, and only sorted values are needed, never a permutation.
 
-Exactness. For every sum the weights are rounded down to multiples of 2**-40 and added as integers (a sum stays below
-2**62 for up to 4 million tokens). Integers add to the same sum in any order: scans of different
-shapes, devices and thread counts agree, and prefix sums of sorted candidates equal those of the full
-row. A token of weight below 2**-40 of the best one's is never drawn. The draw takes the first token, by
+Exactness. For every sum the weights are rounded down to multiples of 2**-40 and added as integers (a sum
+stays below 2**62 for up to 4 million tokens). Integers add to the same sum in any order: scans of
+different shapes, devices and thread counts agree, and prefix sums of sorted candidates equal those of the
+full row. A token of weight below 2**-40 of the best one's is never drawn. The draw takes the first token, by
 id, whose cumulative weight exceeds uniform * total.
 """
 
@@ -25,7 +25,7 @@ from typing import Final
 import torch
 
 from memory_efficient_gpt.sampling.batch import Draw, Truncation
-from memory_efficient_gpt.sampling.ordering import largest, sort_descending
+from memory_efficient_gpt.sampling.ordering import keep_at_least, largest, sort_descending
 
 _UNIT: Final = 2.0**40
 
@@ -35,11 +35,11 @@ def draw_tokens(logits: torch.Tensor, top: torch.Tensor, draw: Draw) -> torch.Te
 
     Rows whose maximum is not finite give a meaningless number from 0 to V.
     """
-    weights = ((logits - top) / draw.temperature).exp_()
+    weights = (logits - top).div_(draw.temperature).exp_()
     threshold = _threshold(weights, draw)
     if threshold is not None:
-        weights = torch.where(weights >= threshold, weights, 0.0)
-    cumulative = _integers(weights).cumsum(-1)
+        weights = keep_at_least(weights, threshold)
+    cumulative = _integers(weights).cumsum_(-1)
     total = cumulative[:, -1:]
     target = (draw.uniform * total).long().minimum(total - 1)  # the product may round up to the total
     return torch.searchsorted(cumulative, target, right=True)
@@ -73,23 +73,25 @@ def _truncate(weights: torch.Tensor, threshold: torch.Tensor, group: Truncation)
         threshold = threshold.maximum(candidates.gather(1, group.top_k.clamp(max=size) - 1))
     if group.top_p is None:
         return threshold
-    return threshold.maximum(_nucleus_bound(weights, candidates, threshold, group.top_p))
+    return threshold.maximum(_nucleus_bound(weights, candidates, threshold, group))
 
 
 def _nucleus_bound(
-    weights: torch.Tensor, candidates: torch.Tensor, threshold: torch.Tensor, top_p: torch.Tensor
+    weights: torch.Tensor, candidates: torch.Tensor, threshold: torch.Tensor, group: Truncation
 ) -> torch.Tensor:
-    """The least weight in each row's nucleus, `[G, 1]`.
+    """The least weight in each row's nucleus, `[G, 1]`: the first in descending order up to which the sum
+    reaches top_p * total.
 
-    `candidates [G, C]` are the largest weights in descending order: all that reach the threshold, except
-    for ties at the threshold itself. When the nucleus takes every candidate it reaches into those ties, and the
-    bound (then below the threshold or at it) changes nothing.
-
-        sorted      w0  w1  w2  w3  w4
-        before       0  w0 ..+w1 ...         a token is in the nucleus while the sum before it < top_p * total
+    `candidates [G, C]` are the largest weights in descending order: with top_k those that reach the
+    threshold, except for ties at the threshold itself, else all. A nucleus that takes more than the
+    candidates ends in those ties; its bound is then not above the threshold and changes nothing.
     """
-    amounts = _integers(torch.where(candidates >= threshold, candidates, 0.0))
-    before = amounts.cumsum(-1) - amounts
-    total = _integers(torch.where(weights >= threshold, weights, 0.0)).sum(-1, keepdim=True)
-    count = (before < top_p * total).sum(-1, keepdim=True)
-    return candidates.gather(1, count.clamp_(min=1) - 1)
+    assert group.top_p is not None
+    cumulative = _integers(keep_at_least(candidates, threshold)).cumsum_(-1)
+    if group.top_k is None:
+        total = cumulative[:, -1:]
+    else:
+        total = _integers(keep_at_least(weights, threshold)).sum(-1, keepdim=True)
+    enough = (group.top_p * total).ceil().long()
+    last = torch.searchsorted(cumulative, enough)
+    return candidates.gather(1, last.clamp_(max=candidates.shape[-1] - 1))

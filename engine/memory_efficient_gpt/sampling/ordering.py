@@ -1,11 +1,12 @@
-"""Row-wise maxima and sorts of float32 matrices, by whatever is fast on the device.
+"""Row-wise maxima, sorts and cuts of float32 matrices, by whatever is fast on the device.
 
-Purpose: argmax, the k largest values, and all values in descending order.
+Purpose: argmax, the k largest values, all values in descending order, and zeroing what is below a bound.
 Does not know: what the values mean.
 Invariant: results are values of the input; no arithmetic, hence no rounding.
 
 On CPU numpy does it: its sorts are vectorised and need no indices. Sorting [16, 4096] takes it 0.1 ms
-where torch.sort takes 3 ms; its argmax is 15 times as fast. On other devices torch does it.
+where torch.sort takes 3 ms; its argmax is 15 times as fast and its comparisons 5 times. On other devices
+torch does it.
 """
 
 from __future__ import annotations
@@ -38,3 +39,11 @@ def sort_descending(values: torch.Tensor) -> torch.Tensor:
     if values.device.type == "cpu":
         return torch.from_numpy(np.sort(values.numpy(), axis=-1)).flip(-1)
     return values.sort(dim=-1, descending=True).values
+
+
+def keep_at_least(values: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """values `[R, V] float32` (finite) where they reach the row's bound `[R, 1] float32`, 0 elsewhere."""
+    if values.device.type == "cpu":
+        array = values.numpy()
+        return torch.from_numpy(array * (array >= bound.numpy()))
+    return values * (values >= bound)

@@ -29,8 +29,7 @@ def uniforms(seeds: Sequence[int], counters: Sequence[int]) -> npt.NDArray[np.fl
     start = _mix(np.array([seed & _WORD for seed in seeds], dtype=np.uint64) + _GOLDEN)
     steps = np.array([(counter + 1) & _WORD for counter in counters], dtype=np.uint64)
     words = _mix(start + steps * _GOLDEN)
-    numbers: npt.NDArray[np.float64] = (words >> np.uint64(64 - _MANTISSA_BITS)) * 2.0**-_MANTISSA_BITS
-    return numbers
+    return (words >> np.uint64(64 - _MANTISSA_BITS)).astype(np.float64) * 2.0**-_MANTISSA_BITS
 
 
 def _mix(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -4,9 +4,9 @@ Purpose: put adjustment, choice and logprobs in order, and skip what no row asks
 Does not know: requests, scheduling, text.
 Invariant: never waits for the device; a row with unusable logits fails alone.
 
-What a user gets, in this order: logit_bias, suppression (min_tokens), repetition penalty, presence and frequency
-penalties; then the most likely token for greedy rows, and for the others temperature, min_p, top_k,
-top_p, and a draw. Logprobs are of the raw logits.
+What a user gets, in this order: logit_bias, suppression (min_tokens), repetition penalty, presence and
+frequency penalties; then the most likely token for greedy rows, and for the others temperature, min_p,
+top_k, top_p, and a draw. Logprobs are of the raw logits.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Sampled:
         )
 
     def token_logprobs(self) -> list[TokenLogprob | None]:
-        """Plain data, one for each of the R rows: None where none was asked for. Call it on the host's copy."""
+        """Plain data, one for each of the R rows, None where none was asked for; of the host's copy."""
         result: list[TokenLogprob | None] = [None] * len(self.token_ids)
         if self.logprobs is not None:
             entries = self.logprobs.entries(self.logprob_counts)
@@ -55,7 +55,7 @@ class Sampled:
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
-    """Choose a token for every row of logits `[R, V]` (float32, bfloat16 or float16), which stay unchanged."""
+    """Choose a token for every row of logits `[R, V]` (any float dtype), which stay unchanged."""
     assert logits.shape[0] == batch.num_rows, (logits.shape, batch.num_rows)
     plain = batch.draw is None and not batch.adjusts
     adjusted = logits if plain else adjust(logits, batch)

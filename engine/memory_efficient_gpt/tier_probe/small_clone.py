@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 VOCAB_SIZE: Final = 128
 WINDOW: Final = 6
 CHUNK: Final = 8
+SOFTCAP: Final = 1.0
 _MAX_LAYERS: Final = 12
 _FEW_LAYERS: Final = 4
 _FREE_HIDDEN_SIZE: Final = 64
@@ -156,11 +157,13 @@ def _shrink_vocabulary(config: Any) -> None:
 
 
 def _shrink_thresholds(config: Any) -> None:
-    """Lengths from which on attention changes: they must lie within the probe's short sequences."""
+    """What changes attention from some length or size on must do so within the probe's short sequences."""
     for name, value in list(vars(config).items()):
         if _WINDOW_NAME.search(name) and isinstance(value, int) and value > WINDOW:
             setattr(config, name, WINDOW)
     _limit(config, {"attention_chunk_size": CHUNK, "floor_scale": CHUNK})
+    if getattr(config, "attn_logit_softcapping", None):
+        config.attn_logit_softcapping = SOFTCAP
 
 
 def _shrink_widths(config: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,8 @@ from memory_efficient_gpt_server.commands.options import (
 )
 
 if TYPE_CHECKING:
+    import random
+
     from memory_efficient_gpt.core import Engine
     from memory_efficient_gpt.request import Request, SequenceEvent
 
@@ -38,7 +39,9 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = new_command(
         commands, "bench", summary="measure throughput and latency in this process", examples=_EXAMPLES
     )
-    parser.add_argument("--model", default="demo", help="bundled model's name, folder, or hub id (default: demo)")
+    parser.add_argument(
+        "--model", default="demo", help="bundled model's name, folder, or hub id (default: demo)"
+    )
     parser.add_argument("--num-requests", type=positive_int, default=64, metavar="N", help="default: 64")
     parser.add_argument("--input-len", type=positive_int, default=128, metavar="TOKENS", help="default: 128")
     parser.add_argument("--output-len", type=positive_int, default=64, metavar="TOKENS", help="default: 64")
@@ -59,6 +62,11 @@ class Timeline:
     first_s: float = 0.0
     last_s: float = 0.0
     num_tokens: int = 0
+
+    @property
+    def per_later_token_s(self) -> float:
+        """Mean time between tokens; there must be two."""
+        return (self.last_s - self.first_s) / (self.num_tokens - 1)
 
 
 @dataclass(slots=True)
@@ -107,13 +115,17 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(engine: Engine, args: argparse.Namespace, load_s: float) -> Result:
     """Run the workload: `args.num_requests` random prompts, `args.concurrency` at a time."""
+    import random
+
     info = engine.info
     rng = random.Random(args.seed)
     requests = [
         _request(rng, f"bench-{n}", info.vocab_size, args.input_len, args.output_len)
         for n in range(args.num_requests)
     ]
-    warm_up = [_request(rng, "warm-up", info.vocab_size, args.input_len, min(WARM_UP_TOKENS, args.output_len))]
+    warm_up = [
+        _request(rng, "warm-up", info.vocab_size, args.input_len, min(WARM_UP_TOKENS, args.output_len))
+    ]
     _drive(engine, warm_up, 1, lambda: None)
     before = (engine.stats().steps, engine.stats().step_seconds, engine.stats().host_seconds)
     began = time.perf_counter()
@@ -131,12 +143,14 @@ def measure(engine: Engine, args: argparse.Namespace, load_s: float) -> Result:
         steps=after.steps - before[0],
         host_share=round((after.host_seconds - before[2]) / max(after.step_seconds - before[1], 1e-9), 4),
         ttft_ms=_percentiles([t.first_s - t.submitted_s for t in timelines]),
-        tpot_ms=_percentiles([(t.last_s - t.first_s) / (t.num_tokens - 1) for t in timelines if t.num_tokens > 1]),
+        tpot_ms=_percentiles([t.per_later_token_s for t in timelines if t.num_tokens > 1]),
         kv_cache_bytes=info.kv_cache_bytes, weights_bytes=info.weights_bytes, machine=_machine(),
     )  # fmt: skip
 
 
-def _request(rng: random.Random, request_id: str, vocab_size: int, input_len: int, output_len: int) -> Request:
+def _request(
+    rng: random.Random, request_id: str, vocab_size: int, input_len: int, output_len: int
+) -> Request:
     from memory_efficient_gpt.request import Request, SamplingParams
 
     return Request(
@@ -188,7 +202,10 @@ def _percentiles(seconds: list[float]) -> dict[str, float]:
     if not ordered:
         return {}
     at = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-    return {name: round(1000 * ordered[min(int(share * len(ordered)), len(ordered) - 1)], 3) for name, share in at.items()}
+    return {
+        name: round(1000 * ordered[min(int(share * len(ordered)), len(ordered) - 1)], 3)
+        for name, share in at.items()
+    }
 
 
 def _machine() -> dict[str, Any]:
@@ -235,7 +252,8 @@ def _table(result: Result) -> str:
         ("time to first token", _shown(result.ttft_ms)),
         ("time per later token", _shown(result.tpot_ms)),
         ("steps", f"{result.steps} ({result.host_share:.0%} of their time outside the model)"),
-        ("memory", f"weights {result.weights_bytes / 2**20:.1f} MiB, KV cache {result.kv_cache_bytes / 2**20:.1f} MiB"),
+        ("weights", f"{result.weights_bytes / 2**20:.1f} MiB"),
+        ("KV cache", f"{result.kv_cache_bytes / 2**20:.1f} MiB"),
     ]  # fmt: skip
     return "\n".join(f"{name:<22}{value}" for name, value in rows)
 

@@ -40,7 +40,9 @@ _HELP = """\
 def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     """Describe the command."""
     parser = new_command(commands, "chat", summary="talk to a model in this terminal", examples=_EXAMPLES)
-    parser.add_argument("model", metavar="MODEL", help="bundled model's name, checkpoint folder, hub id, or --url's id")
+    parser.add_argument(
+        "model", metavar="MODEL", help="bundled model's name, checkpoint folder, hub id, or --url's id"
+    )
     parser.add_argument("--system", metavar="TEXT", help="instructions for the model")
     parser.add_argument("--url", help="talk to the server there instead of loading the model here")
     parser.add_argument("--api-key", metavar="KEY", help=f"for --url (default: ${API_KEY_ENV})")
@@ -152,7 +154,9 @@ def _stream(client: Any, body: dict[str, Any]) -> Iterator[str]:
             with closing(response.iter_lines()) as lines:
                 yield from _deltas(lines)
     except httpx.HTTPError as error:
-        raise EngineFailedError(f"No answer from {client.base_url}: {error}. Is the server running?") from error
+        raise EngineFailedError(
+            f"No answer from {client.base_url}: {error}. Is the server running?"
+        ) from error
 
 
 def _deltas(lines: Iterator[str]) -> Iterator[str]:
@@ -176,6 +180,6 @@ def _error(body: bytes, status: int) -> Exception:
         message = str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         message = body.decode(errors="replace")[:200] or f"status {status} without a reason"
-    if status == 503 or status == 429:
+    if status in (429, 503):
         return OverloadedError(message)
     return InvalidRequestError(message) if status == 400 else EngineFailedError(message)

@@ -25,17 +25,23 @@ DEFAULT_MAX_TOKENS: Final = 256
 _EXAMPLES = """\
   megpt generate demo -p "The old house stood"
   megpt generate demo -p "Once upon a time" -n 64 --temperature 0.8 --seed 7
-  megpt generate ./my-model --stop "\\n\\n" < prompt.txt
+  megpt generate ./my-model --stop "The end" < prompt.txt
   megpt generate demo -p "Hello" --json | jq -r .text
 """
 
 
 def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     """Describe the command."""
-    parser = new_command(commands, "generate", summary="continue a text, shown as it comes", examples=_EXAMPLES)
+    parser = new_command(
+        commands, "generate", summary="continue a text, shown as it comes", examples=_EXAMPLES
+    )
     parser.add_argument("model", metavar="MODEL", help="bundled model's name, checkpoint folder, or hub id")
-    parser.add_argument("--prompt", "-p", metavar="TEXT", help="the text to continue (default: standard input)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
+    parser.add_argument(
+        "--prompt", "-p", metavar="TEXT", help="the text to continue (default: standard input)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object at the end instead of text"
+    )
     add_sampling_options(parser)
     add_engine_options(parser)
     parser.set_defaults(run=run)
@@ -49,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
         print("type the text to continue, then Ctrl-D:", file=sys.stderr)
     prompt: str = args.prompt if args.prompt is not None else sys.stdin.read()
     if not prompt:
-        raise InvalidRequestError("The prompt is empty. Give --prompt TEXT or pipe a text in.", param="prompt")
+        raise InvalidRequestError(
+            "The prompt is empty. Give --prompt TEXT or pipe a text in.", param="prompt"
+        )
     params = sampling_params(args, max_tokens=DEFAULT_MAX_TOKENS)
 
     from memory_efficient_gpt.api import LLM

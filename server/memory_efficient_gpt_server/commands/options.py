@@ -8,6 +8,7 @@ Invariant: an option that was not given is absent, so that defaults stay where t
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ _SAMPLING_OPTIONS: Final = (
 )  # fmt: skip
 
 
-def new_command(commands: Commands[argparse.ArgumentParser], name: str, *, summary: str, examples: str) -> Any:
+def new_command(
+    commands: Commands[argparse.ArgumentParser], name: str, *, summary: str, examples: str
+) -> Any:
     """A parser for command `name` whose help ends with `examples`."""
     return commands.add_parser(
         name,
@@ -45,12 +48,20 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype", choices=("auto", "float32", "bfloat16", "float16", "int8"), help="of the KV cache"
     )
     group.add_argument(
-        "--max-model-len", type=int, metavar="TOKENS", help="prompt + output of a request (default: the model's)"
+        "--max-model-len",
+        type=int,
+        metavar="TOKENS",
+        help="prompt + output of a request (default: the model's)",
     )
     group.add_argument(
-        "--kv-cache-bytes", type=byte_size, metavar="SIZE", help="KV cache, for example 512MiB (default: automatic)"
+        "--kv-cache-bytes",
+        type=byte_size,
+        metavar="SIZE",
+        help="KV cache, for example 512MiB (default: automatic)",
     )
-    group.add_argument("--max-num-seqs", type=int, metavar="N", help="sequences computed together (default: 64)")
+    group.add_argument(
+        "--max-num-seqs", type=int, metavar="N", help="sequences computed together (default: 64)"
+    )
     group.add_argument("--num-threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     group.add_argument("--tier", choices=("B", "C"), help="force packed paged (B) or plain transformers (C)")
     group.add_argument("--revision", metavar="NAME", help="commit, tag or branch of a hub id")
@@ -60,7 +71,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """How tokens are chosen: the most useful fields of SamplingParams."""
     group = parser.add_argument_group("sampling options")
     group.add_argument("--max-tokens", "-n", type=int, metavar="N", help="most tokens of an answer")
-    group.add_argument("--temperature", "-t", type=float, metavar="T", help="0 takes the likeliest token (default: 1)")
+    group.add_argument(
+        "--temperature", "-t", type=float, metavar="T", help="0 takes the likeliest token (default: 1)"
+    )
     group.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens that sum to P")
     group.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
     group.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P x the likeliest one's")
@@ -91,15 +104,14 @@ def sampling_params(args: argparse.Namespace, **defaults: Any) -> SamplingParams
 
 def byte_size(text: str) -> int:
     """Bytes from "4096", "512MiB", "1.5GB"; decimal and binary units. Raises ArgumentTypeError."""
-    number = text.rstrip("BbKkMmGgTtIi")
-    unit = text[len(number) :].lower().removesuffix("b")
-    try:
-        base = 1024 if unit.endswith("i") else 1000
-        return int(float(number) * base ** ("", "k", "m", "g", "t").index(unit.removesuffix("i")))
-    except ValueError:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(I)?)?B?", text.strip().upper())
+    if found is None:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no size; write bytes or a number with KB, MB, GB, KiB, MiB or GiB"
-        ) from None
+        )
+    number, unit, binary = found.groups()
+    power = " KMGT".index(unit or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def positive_int(text: str) -> int:

@@ -1,11 +1,12 @@
 """Tiny random architectures: every family that is claimed to work, and those that must be refused.
 
-Each is real in its kind (grouped heads, windows shorter than the prompts, mixtures of experts, latent attention,
-soft caps, sinks), and small enough to build and run in milliseconds.
+Each is real in its kind (grouped heads, windows shorter than the prompts, mixtures of experts, latent
+attention, soft caps, sinks), and small enough to build and run in milliseconds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ WINDOW = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One architecture: `model_type` of transformers, settings beyond the common ones, and what it must get."""
+    """One architecture: transformers' `model_type`, its settings, and the tier that it must get."""
 
     name: str
     model_type: str
@@ -33,19 +34,20 @@ class Case:
         """A float32 model with weights from `randomize`; the global random state is left alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                self.config(), attn_implementation=attention, dtype=torch.float32
-            )
+            from_config: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
+            model = from_config(self.config(), attn_implementation=attention, dtype=torch.float32)
             randomize(model)
-        return model.train(False)
+        model.train(False)
+        return model
 
 
 def randomize(model: torch.nn.Module) -> None:
     """Weights that make greedy generation decisive and dependent on the whole context.
 
-    Matrices have a variance of 1 / inputs, so that attention is far from uniform and a wrong mask shows. The
-    output head is then scaled so that logits have a standard deviation of about 3 and the best of 128 tokens
-    leads by about 1: a near tie, which rounding (1e-6) could flip, is some 1e-5 likely a token.
+    Matrices have a variance of 1 / inputs (transformers' own 0.02 would give nearly uniform attention, where
+    a wrong mask hardly shows), vectors some noise. Logits then have a standard deviation of about 1, and the
+    best of 128 leads by 0.3 on average. Rounding is some 1e-6, so a tie that it could break has a chance of
+    about 3e-6 a token, and the seeds are fixed.
     """
     for parameter in model.parameters():
         with torch.no_grad():
@@ -72,9 +74,9 @@ def _llama_like(name: str, model_type: str = "", /, tier: str = "B", **settings:
     return _case(name, model_type, tier, **(common | settings))
 
 
-_GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_LATENT = {
+_GPT2: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LATENT: dict[str, Any] = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "qk_rope_head_dim": 8,
@@ -95,8 +97,8 @@ PACKED = (
     _case("gpt_bigcode", **_GPT2),
     _case("gpt_bigcode_mha", "gpt_bigcode", multi_query=False, **_GPT2),
     _llama_like("gpt_neox"),
-    _case("opt", hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64,
-          max_position_embeddings=256),
+    _case("opt", hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
+          max_position_embeddings=256, word_embed_proj_dim=64),
     _case("opt_projected", "opt", hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
           word_embed_proj_dim=32, max_position_embeddings=256, do_layer_norm_before=False),
     _llama_like("biogpt"),
@@ -171,12 +173,14 @@ UNPACKED = (
     _case("gptj", tier="C", rotary_dim=8, **_GPT2),
     _case("codegen", tier="C", rotary_dim=8, **_GPT2),
     _case("mpt", tier="C", d_model=64, n_layers=2, n_heads=4, max_seq_len=256),
-    _case("xglm", tier="C", d_model=64, ffn_dim=96, num_layers=2, attention_heads=4, max_position_embeddings=256),
-    _case("gpt_neo", tier="C", hidden_size=64, num_layers=2, num_heads=4, intermediate_size=96, window_size=WINDOW,
-          attention_types=[[["global", "local"], 1]], max_position_embeddings=256),
+    _case("xglm", tier="C", d_model=64, ffn_dim=96, num_layers=2, attention_heads=4,
+          max_position_embeddings=256),
+    _case("gpt_neo", tier="C", hidden_size=64, num_layers=2, num_heads=4, intermediate_size=96,
+          attention_types=[[["global", "local"], 1]], window_size=WINDOW, max_position_embeddings=256),
     _case("mamba", tier="C", hidden_size=64, num_hidden_layers=2, state_size=8),
-    _llama_like("jamba", tier="C", num_experts=2, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1,
-                expert_layer_period=2, expert_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8),
+    _llama_like("jamba", tier="C", num_experts=2, num_experts_per_tok=1, attn_layer_period=2,
+                attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, use_mamba_kernels=False,
+                mamba_d_state=8),
     _llama_like("falcon_h1", tier="C", mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8,
                 mamba_chunk_size=8),
     _llama_like("lfm2", tier="C", layer_types=["conv", "full_attention"]),

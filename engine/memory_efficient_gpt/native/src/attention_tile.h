@@ -101,7 +101,7 @@ struct TileKeys {
     int64_t count = 0;  // from the tile's start, up to the last visible key
     const KT* key[kTileKeys] = {};
     const KT* value[kTileKeys] = {};
-    float key_scale[kTileKeys], value_scale[kTileKeys];
+    float key_scale[kTileKeys] = {}, value_scale[kTileKeys] = {};
 
     TileKeys() = default;
     TileKeys(const Cache& c, const int32_t* table, int64_t head, int64_t first, int64_t start, int64_t end) {

@@ -1,0 +1,145 @@
+"""POST /v1/completions: continue texts.
+
+Purpose: the completions body to a job, and OpenAI's shape of its answers.
+Does not know: how a job is done.
+Invariant: `logprobs.text_offset` counts characters of the choice's text, an echoed prompt included.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic_core import to_json
+
+from memory_efficient_gpt.errors import InvalidRequestError
+from memory_efficient_gpt_server.deps import (
+    CurrentClient,
+    CurrentServer,
+    body_schema,
+    json_body,
+    record_of,
+    require_key,
+)
+from memory_efficient_gpt_server.models import ServedModel
+from memory_efficient_gpt_server.routes.dialect import FinishedChoice, ScoredToken, Template, Usage, finite
+from memory_efficient_gpt_server.routes.generation import GenerationResponse, Job
+from memory_efficient_gpt_server.schemas import CompletionBody
+from memory_efficient_gpt_server.sse import event, json_text
+from memory_efficient_gpt_server.text import token_text
+
+router = APIRouter(dependencies=[Depends(require_key)])
+
+DEFAULT_MAX_TOKENS: Final = 16
+
+
+@router.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
+async def create_completion(
+    request: Request,
+    server: CurrentServer,
+    client: CurrentClient,
+    body: Annotated[CompletionBody, Depends(json_body(CompletionBody))],
+) -> Response:
+    """Continue one or several prompts."""
+    model = server.catalog.get(body.model)
+    info = model.require_ready()
+    echo, score_only = bool(body.echo), body.max_tokens == 0
+    if score_only and not echo:
+        raise InvalidRequestError(
+            "max_tokens must be at least 1, got 0. Only with echo it may be 0, to score the prompt.",
+            param="max_tokens",
+        )
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens or 1
+    params = body.sampling(
+        model.generation_defaults,
+        max_tokens=max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if echo else None,
+    )
+    params.validate(info.vocab_size)
+    if score_only:
+        params = replace(params, logprobs=None)
+    completion_id = f"cmpl-{uuid.uuid4().hex}"
+    dialect = CompletionDialect(completion_id, model, body.include_usage)
+    job = Job(
+        completion_id, model, body.prompt, params, body, dialect, "prompt", echo=echo, score_only=score_only
+    )
+    return GenerationResponse(server, client, job, record_of(request))
+
+
+class CompletionDialect:
+    """OpenAI's `text_completion`."""
+
+    def __init__(self, completion_id: str, model: ServedModel, include_usage: bool) -> None:
+        self._tokenizer = model.tokenizer
+        self._common: dict[str, Any] = {
+            "id": completion_id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model.id,
+            "system_fingerprint": None,
+        }
+        self._usage: dict[str, Any] = {"usage": None} if include_usage else {}
+        self._templates: dict[int, Template] = {}
+        self._offsets: dict[int, int] = {}
+
+    def begin(self, index: int) -> bytes:
+        """A completion's choice begins with its text."""
+        self._templates[index] = Template(self._chunk(index, Template.hole, None, None))
+        return b""
+
+    def delta(self, index: int, text: str, logprobs: Any) -> bytes:
+        """New text."""
+        if logprobs is None:
+            return self._templates[index].fill(json_text(text))
+        return event(to_json(self._chunk(index, text, logprobs, None)))
+
+    def finish(self, index: int, reason: str) -> bytes:
+        """The choice's last event."""
+        return event(to_json(self._chunk(index, "", None, reason)))
+
+    def usage(self, usage: Usage) -> bytes:
+        """The event without choices."""
+        return event(to_json({**self._common, "choices": [], "usage": usage.as_json()}))
+
+    def logprobs(self, index: int, tokens: Sequence[ScoredToken]) -> Any:
+        """Parallel lists; a prompt's first token has null."""
+        offset, offsets, texts = self._offsets.get(index, 0), [], []
+        for token_id, _ in tokens:
+            text = token_text(self._tokenizer, token_id)
+            texts.append(text)
+            offsets.append(offset)
+            offset += len(text)
+        self._offsets[index] = offset
+        return {
+            "tokens": texts,
+            "token_logprobs": [None if entry is None else finite(entry.logprob) for _, entry in tokens],
+            "top_logprobs": [
+                None if entry is None else self._best((*entry.top, (token_id, entry.logprob)))
+                for token_id, entry in tokens
+            ],
+            "text_offset": offsets,
+        }
+
+    def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:
+        """The plain answer."""
+        shown = [
+            {"text": c.text, "index": c.index, "logprobs": c.logprobs, "finish_reason": c.finish_reason}
+            for c in choices
+        ]
+        return to_json({**self._common, "choices": shown, "usage": usage.as_json()})
+
+    def _chunk(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        choice = {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
+        return {**self._common, "choices": [choice], **self._usage}
+
+    def _best(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """By text, as OpenAI has it: of tokens with the same text the more likely one counts."""
+        best: dict[str, float] = {}
+        for token_id, logprob in top:
+            best.setdefault(token_text(self._tokenizer, token_id), finite(logprob))
+        return best

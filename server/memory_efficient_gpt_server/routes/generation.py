@@ -1,0 +1,304 @@
+"""One generation, from admission to the last byte, for every API format.
+
+Purpose: reserve, tokenize, submit, turn events into text, answer plainly or as a stream, clean up.
+Does not know: the formats (`Dialect`), processes (`ModelEngine`).
+Invariant: however a request ends, its sequences are aborted or finished and its reservation is released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from memory_efficient_gpt.errors import EngineFailedError, MegptError
+from memory_efficient_gpt.request import FinishReason, Request, SamplingParams, SequenceEvent
+from memory_efficient_gpt_server.deps import Client, Server
+from memory_efficient_gpt_server.errors import ClientDisconnectedError, StreamStalledError, answer_for
+from memory_efficient_gpt_server.logs import RequestRecord
+from memory_efficient_gpt_server.merged_events import MergedEvents
+from memory_efficient_gpt_server.metrics import ModelMetrics
+from memory_efficient_gpt_server.models import ServedModel
+from memory_efficient_gpt_server.routes.dialect import Dialect, FinishedChoice, ScoredToken, Usage
+from memory_efficient_gpt_server.schemas import GenerationBody
+from memory_efficient_gpt_server.sse import DONE, SseChannel, event
+from memory_efficient_gpt_server.text import Prompt, SequenceText, check_prompt, encode, estimated_tokens, size_of
+
+logger = logging.getLogger(__name__)
+
+UNSTATED_OUTPUT_TOKENS: Final = 1024
+"""What a sequence is charged at admission if the request sets no limit to its output."""
+
+_LAST_WRITE_TIMEOUT_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to generate. `field` is the prompts' field in the body; `echo` puts the prompt before its text.
+
+    score_only: the one token that `params` asks for is not shown: only the prompt is scored.
+    """
+
+    id: str
+    model: ServedModel
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    body: GenerationBody
+    dialect: Dialect
+    field: str
+    echo: bool = False
+    score_only: bool = False
+
+    @property
+    def charged_tokens(self) -> int:
+        """Output tokens to reserve for all sequences."""
+        each = UNSTATED_OUTPUT_TOKENS if self.params.max_tokens is None else self.params.max_tokens
+        return each * self.params.n * len(self.prompts)
+
+
+class GenerationResponse(Response):
+    """An ASGI response that does the job while it answers."""
+
+    def __init__(self, server: Server, client: Client, job: Job, record: RequestRecord) -> None:
+        self._server = server
+        self._client = client
+        self._job = job
+        self._record = record
+        record.model, record.user, record.stream = job.model.id, job.body.user, bool(job.body.stream)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve it. Raises MegptError before the first byte; afterwards errors become events."""
+        running = self._server.lifecycle.running(receive, self._server.settings.request_timeout_s)
+        if not self._job.body.stream:
+            async with running:
+                await Response(await self._plain(), media_type="application/json")(scope, receive, send)
+            return
+        settings = self._server.settings
+        channel = SseChannel(
+            send,
+            keepalive_s=settings.keepalive_s,
+            stall_s=settings.stream_stall_s,
+            on_stall=lambda: running.stop(StreamStalledError("The client does not read its stream.")),
+        )
+        try:
+            async with running, channel:
+                await self._stream(channel)
+        except Exception as error:
+            if not channel.started:
+                raise
+            await self._fail(channel, error)
+
+    async def _plain(self) -> bytes:
+        async with self._generation() as generation:
+            async for _ in generation.progress():
+                pass
+            choices = [generation.finished_choice(s) for s in generation.sequences]
+            return self._job.dialect.whole(choices, generation.usage)
+
+    async def _stream(self, channel: SseChannel) -> None:
+        dialect = self._job.dialect
+        async with self._generation() as generation:
+            async for touched in generation.progress():
+                if chunks := generation.chunks(touched):
+                    await channel.write(chunks)
+            last = dialect.usage(generation.usage) if self._job.body.include_usage else b""
+        await channel.end(last + DONE)
+
+    async def _fail(self, channel: SseChannel, error: Exception) -> None:
+        """Tell the client in the stream, unless it has left or doesn't read."""
+        if not isinstance(error, MegptError):
+            logger.exception("A stream failed.")
+        answer = answer_for(error, self._record.id)
+        self._record.error = answer.code
+        if not isinstance(error, ClientDisconnectedError | StreamStalledError):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WRITE_TIMEOUT_S):
+                    await channel.end(event(answer.body()))
+
+    @contextlib.asynccontextmanager
+    async def _generation(self) -> AsyncIterator[Generation]:
+        """Admitted, tokenized and submitted; ended and accounted for on leaving."""
+        job, server = self._job, self._server
+        sequences = job.params.n * len(job.prompts)
+        guess = sum(map(estimated_tokens, job.prompts)) * job.params.n + job.charged_tokens
+        with server.admission.reserve(self._client.id, sequences, guess) as reservation:
+            prompts = await self._encode()
+            reservation.correct(sum(map(len, prompts)) * job.params.n + job.charged_tokens)
+            generation = Generation(job, prompts, server.metrics.of(job.model.id), self._record)
+            try:
+                generation.submit(self._client)
+                yield generation
+            finally:
+                await generation.close()
+                usage = generation.usage
+                reservation.release(usage.prompt_tokens + usage.completion_tokens)
+
+    async def _encode(self) -> list[tuple[int, ...]]:
+        job = self._job
+        info = job.model.require_ready()
+        prompts = []
+        for number, prompt in enumerate(job.prompts):
+            token_ids = await self._server.text_pool.run(
+                size_of(prompt), lambda prompt=prompt: encode(job.model.tokenizer, prompt)
+            )
+            field = f"{job.field}[{number}]" if len(job.prompts) > 1 else job.field
+            check_prompt(token_ids, info, job.params.max_tokens, field)
+            prompts.append(token_ids)
+        return prompts
+
+
+class Generation:
+    """The sequences of one job and the text they have so far."""
+
+    def __init__(
+        self, job: Job, prompts: Sequence[tuple[int, ...]], metrics: ModelMetrics, record: RequestRecord
+    ) -> None:
+        self._job = job
+        self._prompts = prompts
+        self._metrics = metrics
+        self._record = record
+        self._events = MergedEvents()
+        self._prompt_scores: dict[int, list[ScoredToken]] = {}
+        self._cached = [0] * len(prompts)
+        tokenizer, params = job.model.tokenizer, job.params
+        self.sequences = [
+            SequenceText(prompt * params.n + i, prompt, tokenizer, params.stop)
+            for prompt in range(len(prompts))
+            for i in range(params.n)
+        ]
+        self._numbers = {self._request_id(i): i for i in range(len(prompts))}
+        if job.echo:
+            for sequence in self.sequences:
+                sequence.pending_text = self._prompt_text(sequence.prompt_index)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        completion = 0 if self._job.score_only else sum(s.num_tokens for s in self.sequences)
+        return Usage(sum(map(len, self._prompts)), completion, sum(self._cached))
+
+    def submit(self, client: Client) -> None:
+        """Hand every prompt to the engine. Raises MegptError."""
+        body = self._job.body
+        for request_id, number in self._numbers.items():
+            request = Request(
+                id=request_id,
+                prompt_token_ids=self._prompts[number],
+                params=self._job.params,
+                client=client.id,
+                cache_salt=f"{client.id}:{body.cache_salt or ''}",
+                use_prefix_cache=body.prefix_cache is not False,
+            )
+            self._events.add(self._job.model.engine.submit(request))
+
+    async def progress(self) -> AsyncIterator[Sequence[SequenceText]]:
+        """After each piece of news the sequences it is about; ends when all have finished."""
+        unfinished = len(self.sequences)
+        while events := await self._events.next():
+            now_s = time.perf_counter()
+            touched = []
+            for news in events:
+                sequence = self._take(news, now_s)
+                if sequence is not None:
+                    touched.append(sequence)
+                    unfinished -= sequence.finish_reason is not None
+            if touched:
+                yield touched
+            if not unfinished:
+                return
+        raise EngineFailedError("The engine gave no end to this request. Retry.")
+
+    def chunks(self, touched: Sequence[SequenceText]) -> bytes:
+        """The events for what is new in these sequences."""
+        dialect, parts = self._job.dialect, []
+        for sequence in touched:
+            if not self._ready_to_show(sequence):
+                continue
+            if not sequence.opened:
+                sequence.opened = True
+                parts.append(dialect.begin(sequence.index))
+            if sequence.pending_text or sequence.pending_logprobs:
+                text, logprobs = self._shown(sequence)
+                parts.append(dialect.delta(sequence.index, text, logprobs))
+            if sequence.finish_reason is not None:
+                parts.append(dialect.finish(sequence.index, sequence.finish_reason.value))
+        return b"".join(parts)
+
+    def finished_choice(self, sequence: SequenceText) -> FinishedChoice:
+        """The whole of a sequence that was never shown in chunks."""
+        text, logprobs = self._shown(sequence)
+        reason = sequence.finish_reason or FinishReason.ABORT
+        return FinishedChoice(sequence.index, text, reason.value, logprobs)
+
+    async def close(self) -> None:
+        """End what still runs and account for everything. Safe after any failure."""
+        await self._events.close()
+        for sequence in self.sequences:
+            self._metrics.finished[(sequence.finish_reason or FinishReason.ABORT).value] += 1
+        usage, record = self.usage, self._record
+        record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+        record.cached_tokens = usage.cached_tokens
+        self._metrics.prompt_tokens.observe(usage.prompt_tokens)
+        self._metrics.generation_tokens.observe(usage.completion_tokens)
+        self._metrics.e2e.observe(time.perf_counter() - record.started_s)
+
+    def _take(self, news: SequenceEvent, now_s: float) -> SequenceText | None:
+        if news.error is not None:
+            raise news.error
+        prompt = self._numbers[news.request_id]
+        sequence = self.sequences[prompt * self._job.params.n + news.index]
+        if sequence.finish_reason is not None:
+            return None  # it ended here, by a stop string, while this was on the way
+        if news.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+            raise EngineFailedError("The engine ended this request early. Retry.")
+        if news.token_ids:
+            self._time_tokens(sequence, len(news.token_ids), now_s)
+        if news.num_cached_tokens:
+            self._cached[prompt] = max(self._cached[prompt], news.num_cached_tokens)
+        if news.prompt_logprobs is not None:
+            pairs = zip(self._prompts[prompt], news.prompt_logprobs, strict=True)
+            self._prompt_scores[prompt] = list(pairs)
+        if self._job.score_only:
+            news.token_ids, news.logprobs = [], None
+        if sequence.take(news):
+            self._job.model.engine.abort(news.request_id, news.index)
+        return sequence
+
+    def _time_tokens(self, sequence: SequenceText, count: int, now_s: float) -> None:
+        if self._record.ttft_s is None:
+            self._record.ttft_s = now_s - self._record.started_s
+            self._metrics.ttft.observe(self._record.ttft_s)
+        if sequence.last_token_s is not None:
+            self._metrics.itl.observe((now_s - sequence.last_token_s) / count, count)
+        sequence.last_token_s = now_s
+
+    def _ready_to_show(self, sequence: SequenceText) -> bool:
+        """Scores of an echoed prompt come before everything else of its choices."""
+        wants_scores = self._job.params.prompt_logprobs is not None
+        return not wants_scores or sequence.prompt_index in self._prompt_scores
+
+    def _shown(self, sequence: SequenceText) -> tuple[str, object]:
+        """Text and logprobs that were not shown yet; they count as shown."""
+        text, sequence.pending_text = sequence.pending_text, ""
+        if self._job.params.logprobs is None and self._job.params.prompt_logprobs is None:
+            return text, None
+        scored: list[ScoredToken] = [(entry.token_id, entry) for entry in sequence.pending_logprobs]
+        if not sequence.scores_shown:
+            sequence.scores_shown = True
+            scored = self._prompt_scores.get(sequence.prompt_index, []) + scored
+        sequence.pending_logprobs = []
+        return text, self._job.dialect.logprobs(sequence.index, scored)
+
+    def _request_id(self, number: int) -> str:
+        return f"{self._job.id}-{number}" if len(self._prompts) > 1 else self._job.id
+
+    def _prompt_text(self, number: int) -> str:
+        prompt = self._job.prompts[number]
+        return prompt if isinstance(prompt, str) else self._job.model.tokenizer.decode(self._prompts[number])

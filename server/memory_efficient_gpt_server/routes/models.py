@@ -1,0 +1,60 @@
+"""GET /v1/models: what is served here and how.
+
+Purpose: OpenAI's model objects with the facts of each engine added.
+Does not know: how models are loaded.
+Invariant: facts that are not known before a model was ready are null.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from fastapi import APIRouter, Depends
+
+from memory_efficient_gpt_server.deps import CurrentServer, require_key
+from memory_efficient_gpt_server.models import ServedModel
+
+router = APIRouter(dependencies=[Depends(require_key)])
+
+_FACTS: Final = (
+    "architecture",
+    "tier",
+    "tier_reason",
+    "dtype",
+    "device",
+    "max_model_len",
+    "vocab_size",
+    "weights_bytes",
+    "kv_cache_bytes",
+    "kv_cache_dtype",
+    "num_kv_blocks",
+    "block_size",
+    "attention_backend",
+    "notes",
+)
+
+
+@router.get("/v1/models")
+async def list_models(server: CurrentServer) -> dict[str, Any]:
+    """All models."""
+    return {"object": "list", "data": [_described(model) for model in server.catalog]}
+
+
+@router.get("/v1/models/{model_id}")
+async def get_model(model_id: str, server: CurrentServer) -> dict[str, Any]:
+    """One model."""
+    return _described(server.catalog.get(model_id))
+
+
+def _described(model: ServedModel) -> dict[str, Any]:
+    engine = model.engine
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "memory-efficient-gpt",
+        "state": str(engine.state),
+        "reason": engine.reason,
+        "generation_defaults": dict(model.generation_defaults),
+        **{name: getattr(engine.info, name, None) for name in _FACTS},
+    }

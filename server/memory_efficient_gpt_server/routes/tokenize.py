@@ -1,0 +1,69 @@
+"""POST /v1/tokenize and /v1/detokenize: a model's tokenizer without its model.
+
+Purpose: let clients count tokens before they ask for any.
+Does not know: engines.
+Invariant: tokenizing takes a place at admission as generating does, since it takes the same cores.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+
+from memory_efficient_gpt.errors import InvalidRequestError
+from memory_efficient_gpt_server.deps import (
+    CurrentClient,
+    CurrentServer,
+    body_schema,
+    json_body,
+    record_of,
+    require_key,
+)
+from memory_efficient_gpt_server.schemas import DetokenizeBody, TokenizeBody
+from memory_efficient_gpt_server.text import Prompt, encode, estimated_tokens, size_of
+
+router = APIRouter(dependencies=[Depends(require_key)])
+
+
+@router.post("/v1/tokenize", openapi_extra=body_schema(TokenizeBody))
+async def tokenize(
+    request: Request,
+    server: CurrentServer,
+    client: CurrentClient,
+    body: Annotated[TokenizeBody, Depends(json_body(TokenizeBody))],
+) -> dict[str, Any]:
+    """Token ids of a text, or of a conversation through the chat template."""
+    model = server.catalog.get(body.model)
+    info = model.require_ready()
+    record_of(request).model = model.id
+    prompt: Prompt = body.prompt if body.prompt is not None else tuple(body.messages or ())
+    async with server.lifecycle.running(request.receive, server.settings.request_timeout_s):
+        with server.admission.reserve(client.id, 1, estimated_tokens(prompt)):
+            token_ids = await server.text_pool.run(
+                size_of(prompt),
+                lambda: encode(model.tokenizer, prompt, special_tokens=body.add_special_tokens is not False),
+            )
+    return {"count": len(token_ids), "max_model_len": info.max_model_len, "tokens": list(token_ids)}
+
+
+@router.post("/v1/detokenize", openapi_extra=body_schema(DetokenizeBody))
+async def detokenize(
+    request: Request,
+    server: CurrentServer,
+    client: CurrentClient,
+    body: Annotated[DetokenizeBody, Depends(json_body(DetokenizeBody))],
+) -> dict[str, str]:
+    """The text of token ids."""
+    model = server.catalog.get(body.model)
+    info = model.require_ready()
+    record_of(request).model = model.id
+    for token_id in body.tokens:
+        if not 0 <= token_id < info.vocab_size:
+            raise InvalidRequestError(
+                f"tokens has the id {token_id:.0f}; ids go from 0 to {info.vocab_size - 1}.", param="tokens"
+            )
+    async with server.lifecycle.running(request.receive, server.settings.request_timeout_s):
+        with server.admission.reserve(client.id, 1, len(body.tokens)):
+            text = await server.text_pool.run(len(body.tokens), lambda: model.tokenizer.decode(body.tokens))
+    return {"prompt": text}

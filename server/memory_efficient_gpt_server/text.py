@@ -1,0 +1,143 @@
+"""Between text and tokens: encoding off the event loop, and the text of each sequence as it grows.
+
+Purpose: prompts to checked token ids, events to text, stop strings.
+Does not know: HTTP, the API's formats, engines.
+Invariant: no long text is ever tokenized on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
+
+from memory_efficient_gpt.engine_info import EngineInfo
+from memory_efficient_gpt.errors import ContextLengthError, InvalidRequestError
+from memory_efficient_gpt.output import TextAssembler
+from memory_efficient_gpt.request import FinishReason, SequenceEvent, TokenLogprob
+from memory_efficient_gpt.tokenizer import Tokenizer
+from memory_efficient_gpt_server.schemas import ChatMessage, PromptInput
+
+_Result = TypeVar("_Result")
+
+INLINE_CHARACTERS: Final = 2_000
+"""Shorter texts are tokenized at once (about a millisecond): a thread would cost more than it saves."""
+
+CHARACTERS_PER_TOKEN: Final = 3
+"""Rather too few, so that an estimate is rather too large."""
+
+Prompt = PromptInput | tuple[ChatMessage, ...]
+
+
+class TextPool:
+    """Threads for long texts."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="megpt-text")
+
+    async def run(self, num_characters: int, work: Callable[[], _Result]) -> _Result:
+        """`work()`, on a thread if it is about many characters (or tokens)."""
+        if num_characters <= INLINE_CHARACTERS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        """Drop what waits; a running piece of work ends by itself."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def size_of(prompt: Prompt) -> int:
+    """Characters of text, or tokens."""
+    if isinstance(prompt, tuple) and prompt and isinstance(prompt[0], ChatMessage):
+        return sum(len(message.content) for message in prompt if isinstance(message, ChatMessage))
+    return len(prompt)
+
+
+def estimated_tokens(prompt: Prompt) -> int:
+    """About how many tokens it has, without tokenizing."""
+    ids = isinstance(prompt, tuple) and not (prompt and isinstance(prompt[0], ChatMessage))
+    return len(prompt) if ids else size_of(prompt) // CHARACTERS_PER_TOKEN + 1
+
+
+def encode(tokenizer: Tokenizer, prompt: Prompt, *, special_tokens: bool = True) -> tuple[int, ...]:
+    """Token ids of a prompt. Raises InvalidRequestError if the chat template refuses the messages."""
+    if isinstance(prompt, str):
+        return tuple(tokenizer.encode(prompt))
+    if prompt and isinstance(prompt[0], ChatMessage):
+        messages = [{"role": m.role, "content": m.content} for m in prompt if isinstance(m, ChatMessage)]
+        return tuple(tokenizer.apply_chat_template(messages))
+    return tuple(token_id for token_id in prompt if isinstance(token_id, int))
+
+
+def check_prompt(token_ids: Sequence[int], info: EngineInfo, max_tokens: int | None, field: str) -> None:
+    """Raises InvalidRequestError, or ContextLengthError if prompt and answer don't fit."""
+    if not token_ids:
+        raise InvalidRequestError(f"{field} has no tokens; give at least one.", param=field)
+    for token_id in (min(token_ids), max(token_ids)):
+        if not 0 <= token_id < info.vocab_size:
+            raise InvalidRequestError(
+                f"{field} has the token id {token_id:.0f}; ids go from 0 to {info.vocab_size - 1}.", param=field
+            )
+    wanted = 1 if max_tokens is None else max_tokens
+    if len(token_ids) + wanted > info.max_model_len:
+        raise ContextLengthError(
+            f"{field} has {len(token_ids)} tokens and max_tokens is {wanted}, together "
+            f"{len(token_ids) + wanted}; the limit of this model is {info.max_model_len}. "
+            "Shorten the prompt or lower max_tokens.",
+            param=field if len(token_ids) >= info.max_model_len else "max_tokens",
+        )
+
+
+class SequenceText:
+    """One of the texts that a request produces. `take` events; `pending_*` is what was not yet sent."""
+
+    __slots__ = (
+        "_assembler",
+        "finish_reason",
+        "index",
+        "last_token_s",
+        "num_tokens",
+        "opened",
+        "pending_logprobs",
+        "pending_text",
+        "prompt_index",
+        "scores_shown",
+    )
+
+    def __init__(self, index: int, prompt_index: int, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self.index = index
+        self.prompt_index = prompt_index
+        self.num_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.pending_text = ""
+        self.pending_logprobs: list[TokenLogprob] = []
+        self.opened = False
+        self.scores_shown = False
+        self.last_token_s: float | None = None
+        self._assembler = TextAssembler(tokenizer, stop)
+
+    def take(self, event: SequenceEvent) -> bool:
+        """Add an event's tokens. True if a stop string ended the text, which the engine can't know."""
+        self.num_tokens += len(event.token_ids)
+        delta = self._assembler.push(event.token_ids)
+        self.pending_text += delta.text
+        if event.logprobs is not None:
+            self.pending_logprobs += event.logprobs
+        if delta.stop_string is not None:
+            self.finish_reason = FinishReason.STOP
+            return event.finish_reason is None
+        if event.finish_reason is not None:
+            self.pending_text += self._assembler.finish().text
+            self.finish_reason = event.finish_reason
+        return False
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> str:
+    """What a token alone reads as."""
+    return tokenizer.decode([token_id])
+
+
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """The bytes a token stands for."""
+    return tokenizer.decode([token_id]).encode()

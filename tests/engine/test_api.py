@@ -1,0 +1,97 @@
+"""The library's front door on the bundled model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import memory_efficient_gpt
+from memory_efficient_gpt import LLM, Completion, SamplingParams
+from memory_efficient_gpt.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
+from memory_efficient_gpt.request import FinishReason
+
+PROMPT = "The old house stood at the end of the lane, and"
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM("demo", max_num_seqs=16, num_kv_blocks=600) as loaded:
+        yield loaded
+
+
+def test_one_prompt_gives_one_completion(llm: LLM) -> None:
+    completion = llm.generate(PROMPT, max_tokens=20, temperature=0.0)
+    assert isinstance(completion, Completion)
+    assert completion.text and str(completion) == completion.text
+    assert completion.choices[0].finish_reason is FinishReason.LENGTH
+    assert len(completion.choices[0].token_ids) == 20
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(llm: LLM) -> None:
+    prompts = [PROMPT, "It was", "“Who is there?” cried the old man — ", "Chapter I\n\n"]
+    params = SamplingParams(max_tokens=30, seed=5)
+    alone = [llm.generate(prompt, params).text for prompt in prompts]
+    assert [c.text for c in llm.generate(prompts, params)] == alone
+
+
+def test_token_ids_are_a_prompt_too(llm: LLM) -> None:
+    ids = llm.tokenizer.encode(PROMPT)
+    assert llm.generate(ids, max_tokens=8, temperature=0).text == llm.generate(PROMPT, max_tokens=8, temperature=0).text
+
+
+def test_stream_gives_the_same_text_in_pieces(llm: LLM) -> None:
+    whole = llm.generate(PROMPT, max_tokens=25, seed=2).text
+    pieces = list(llm.stream(PROMPT, max_tokens=25, seed=2))
+    assert "".join(pieces) == whole and len(pieces) > 5
+
+
+def test_leaving_a_stream_frees_its_blocks(llm: LLM) -> None:
+    stream = llm.stream(PROMPT, max_tokens=100)
+    next(stream)
+    assert llm.stats.num_running == 1
+    stream.close()  # type: ignore[attr-defined]  # it is a generator
+    assert llm.stats.num_running == 0 and llm.stats.num_free_blocks == llm.stats.num_kv_blocks
+
+
+def test_stop_string_ends_the_text_before_it(llm: LLM) -> None:
+    whole = llm.generate(PROMPT, max_tokens=40, temperature=0).text
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 4]
+    choice = llm.generate(PROMPT, max_tokens=40, temperature=0, stop=(stop,)).choices[0]
+    assert choice.text == whole[: whole.index(stop)]
+    assert (choice.finish_reason, choice.stop) == (FinishReason.STOP, stop)
+    assert llm.stats.num_running == 0
+
+
+def test_n_texts_differ_and_repeat_with_their_seed(llm: LLM) -> None:
+    first, second = (llm.generate(PROMPT, max_tokens=15, n=3, seed=4) for _ in range(2))
+    assert [c.text for c in first.choices] == [c.text for c in second.choices]
+    assert len({c.text for c in first.choices}) == 3
+
+
+def test_chat_answers_through_the_template(llm: LLM) -> None:
+    answer = llm.chat([{"role": "user", "content": "Who lives here?"}], max_tokens=12, seed=1)
+    assert answer.text
+
+
+def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:
+    with pytest.raises(ContextLengthError, match="context is"):
+        llm.generate([PROMPT, PROMPT * 400], max_tokens=5)
+    with pytest.raises(InvalidRequestError, match="temperature"):
+        llm.generate(PROMPT, temperature=9.0)
+    assert llm.stats.num_running == llm.stats.num_waiting == 0
+
+
+def test_unknown_model_is_named() -> None:
+    with pytest.raises(ModelNotFoundError, match="nope"):
+        LLM("./nope")
+
+
+def test_public_names_are_exactly_these() -> None:
+    assert set(memory_efficient_gpt.__all__) == {
+        "LLM", "Completion", "EngineConfig", "SamplingParams", "__version__",
+    }  # fmt: skip
+    for name in memory_efficient_gpt.__all__:
+        assert getattr(memory_efficient_gpt, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        memory_efficient_gpt.nothing  # noqa: B018
