@@ -129,7 +129,9 @@ def random_tensors(shape: LlamaShape, seed: int = 0) -> Iterator[tuple[str, torc
 def bytes_per_token(shape: LlamaShape) -> int:
     """Bytes of bf16 matrices that computing one token reads (the input embedding is looked up)."""
     attention = shape.hidden * (2 * shape.hidden + 2 * shape.kv_heads * shape.head_dim)
-    return 2 * (shape.layers * (attention + 3 * shape.hidden * shape.intermediate) + shape.vocab * shape.hidden)
+    return 2 * (
+        shape.layers * (attention + 3 * shape.hidden * shape.intermediate) + shape.vocab * shape.hidden
+    )
 
 
 def write_gguf_if_possible(shape: LlamaShape, tensors: dict[str, torch.Tensor], path: Path) -> None:

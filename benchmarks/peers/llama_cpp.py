@@ -58,20 +58,21 @@ class LlamaCppGenerator:
             "system": llama_cpp.llama_print_system_info().decode(),
         }
 
-    def generate(self, mode: str, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generated:
-        """mode: "parallel", all prompts together. Prompts go in one batch, then a token of each per step."""
+    def generate(self, mode: str, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]) -> Generated:
+        """mode: "parallel": prompts in one batch, then a token of each per step, as many of each."""
         context = self._context(len(prompts))
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         started = time.perf_counter()
         last = self._prefill(context, prompts)
         first_token_s = time.perf_counter() - started
         token_ids = [[token] for token in last]
-        for step in range(new_tokens - 1):
+        for step in range(new_tokens[0] - 1):
             positions = [len(prompt) + step for prompt in prompts]
-            last = self._decode(context, list(zip(last, positions, range(len(last)), strict=True)), last_only=None)
+            step_tokens = list(zip(last, positions, range(len(last)), strict=True))
+            last = self._decode(context, step_tokens, range(len(last)))
             for ids, token in zip(token_ids, last, strict=True):
                 ids.append(token)
-        return Generated(token_ids, time.perf_counter() - started, first_token_s)
+        return Generated(token_ids, time.perf_counter() - started, [first_token_s] * len(prompts))
 
     def _context(self, sequences: int) -> Any:
         if sequences not in self._contexts:
@@ -94,17 +95,16 @@ class LlamaCppGenerator:
         ends: list[int] = []
         for sequence, prompt in enumerate(prompts):
             if len(group) + len(prompt) > TOKENS_PER_BATCH:
-                first += self._decode(context, group, last_only=ends)
+                first += self._decode(context, group, ends)
                 group, ends = [], []
             group += [(token, position, sequence) for position, token in enumerate(prompt)]
             ends.append(len(group) - 1)
-        return first + self._decode(context, group, last_only=ends)
+        return first + self._decode(context, group, ends)
 
     def _decode(
-        self, context: Any, tokens: Sequence[tuple[int, int, int]], last_only: Sequence[int] | None
+        self, context: Any, tokens: Sequence[tuple[int, int, int]], wanted: Sequence[int]
     ) -> list[int]:
-        """One llama_decode over (token, position, sequence); the most likely token of the wanted entries."""
-        wanted = range(len(tokens)) if last_only is None else last_only
+        """One llama_decode over (token, position, sequence); the likeliest token after each of `wanted`."""
         with filled_batch(tokens, set(wanted)) as batch:
             status = llama_cpp.llama_decode(context, batch)
         if status != 0:

@@ -19,16 +19,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
+
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """What one command gave. `seconds` runs from the command to the last token, `first_token_s` to the first.
+    """What one command gave. Times in seconds since the command.
 
-    token_ids: the new tokens of each prompt.
+    token_ids: the new tokens of each prompt. seconds: until the last token of all.
+    first_token_s: until each prompt's first token; empty where the engine does not tell.
+    counters: what else the engine counts, in total since it was loaded.
     """
 
     token_ids: list[list[int]]
     seconds: float
-    first_token_s: float | None
+    first_token_s: list[float]
+    counters: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float:
@@ -43,8 +47,8 @@ class Generator(Protocol):
         """Versions and settings, for the record."""
         ...
 
-    def generate(self, mode: str, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generated:
-        """Continue every prompt by exactly `new_tokens` tokens."""
+    def generate(self, mode: str, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]) -> Generated:
+        """Continue each prompt by exactly its number of `new_tokens`."""
         ...
 
 
@@ -97,16 +101,22 @@ class Peer:
             process.wait()
         process.stdout.close()
 
-    def generate(self, mode: str, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generated:
-        """Ask the engine. Raises RuntimeError if it has ended or gave another number of tokens."""
+    def generate(
+        self, mode: str, prompts: Sequence[Sequence[int]], new_tokens: int | Sequence[int]
+    ) -> Generated:
+        """Ask the engine; one number of `new_tokens` holds for every prompt.
+
+        Raises RuntimeError if it has ended or gave another number of tokens.
+        """
         assert self._process and self._process.stdin
-        command = {"mode": mode, "prompts": [list(p) for p in prompts], "new_tokens": new_tokens}
+        wanted = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else list(new_tokens)
+        command = {"mode": mode, "prompts": [list(p) for p in prompts], "new_tokens": wanted}
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
         generated = Generated(**self._read())
         lengths = [len(ids) for ids in generated.token_ids]
-        if lengths != [new_tokens] * len(prompts):
-            raise RuntimeError(f"{self.name} gave {lengths} tokens instead of {new_tokens} for each prompt")
+        if lengths != wanted:
+            raise RuntimeError(f"{self.name} gave {lengths} new tokens instead of {wanted}")
         return generated
 
     def _read(self) -> dict[str, Any]:

@@ -24,14 +24,14 @@ class FirstToken(BaseStreamer):
     """Notes when the first new token came: `generate` puts the prompt first, then each step's tokens."""
 
     def __init__(self) -> None:
-        self.at: float | None = None
-        self._prompt_seen = False
+        self.at = 0.0
+        self._puts = 0
 
     def put(self, value: torch.Tensor) -> None:
         """Called with int64 ids."""
-        if self._prompt_seen and self.at is None:
+        self._puts += 1
+        if self._puts == 2:
             self.at = time.perf_counter()
-        self._prompt_seen = True
 
     def end(self) -> None:
         """Called after the last token."""
@@ -58,16 +58,23 @@ class TransformersGenerator:
             "dtype": str(self._model.dtype),
         }
 
-    def generate(self, mode: str, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generated:
-        """mode: "one_by_one" or "static_batch" (prompts of one length, so nothing is padded)."""
-        batches = [prompts] if mode == "static_batch" else [[prompt] for prompt in prompts]
-        first = FirstToken()
+    def generate(self, mode: str, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]) -> Generated:
+        """mode: "one_by_one", or "static_batch" for prompts of one length and one number of new tokens."""
+        if mode == "static_batch":
+            return self._together(prompts, new_tokens[0])
         token_ids: list[list[int]] = []
+        first_token_s: list[float] = []
         started = time.perf_counter()
-        for batch in batches:
-            token_ids += self._continue(batch, new_tokens, first if len(batch) == 1 else None)
-        seconds = time.perf_counter() - started
-        return Generated(token_ids, seconds, first.at - started if first.at else None)
+        for prompt, wanted in zip(prompts, new_tokens, strict=True):
+            first = FirstToken()
+            token_ids += self._continue([prompt], wanted, first)
+            first_token_s.append(first.at - started)
+        return Generated(token_ids, time.perf_counter() - started, first_token_s)
+
+    def _together(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generated:
+        started = time.perf_counter()
+        token_ids = self._continue(prompts, new_tokens, None)
+        return Generated(token_ids, time.perf_counter() - started, [])
 
     @torch.inference_mode()
     def _continue(

@@ -8,6 +8,7 @@ Invariant: keys are compared as SHA-256 digests in constant time; a body is capp
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable
@@ -16,7 +17,6 @@ from typing import Annotated, Any, Final, TypeVar
 
 from fastapi import Depends, Request
 from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect
 
 from memory_efficient_gpt.errors import InvalidRequestError
 from memory_efficient_gpt_server.admission import Admission
@@ -157,22 +157,39 @@ def body_schema(schema: type[BaseModel]) -> dict[str, Any]:
 async def read_body(request: Request, settings: Settings) -> bytes:
     """The whole body. Raises if it is not plain JSON by its headers, too large or too slow."""
     _require_plain_json(request)
-    limit = settings.max_body_bytes
     try:
         async with asyncio.timeout(settings.body_timeout_s):
-            if _announced_bytes(request) > limit:
-                return await _refuse(request, limit)
-            chunks, size = [], 0
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    return await _refuse(request, limit)
-                chunks.append(chunk)
-            return b"".join(chunks)
-    except ClientDisconnect:
-        raise ClientDisconnectedError("The client closed the connection while it sent the body.") from None
+            return await _receive_at_most(request, settings.max_body_bytes)
     except TimeoutError:
         raise BodyTimeoutError(f"The body did not arrive within {settings.body_timeout_s:g} s.") from None
+
+
+async def _receive_at_most(request: Request, limit: int) -> bytes:
+    chunks: list[bytes] = []
+    size, more, too_large = 0, True, _announced_bytes(request) > limit
+    while more and not too_large:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnectedError("The client closed the connection while it sent the body.")
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        more, too_large = message.get("more_body", False), size > limit
+    if too_large:
+        if more:
+            await _discard(request, _DISCARD_FACTOR * limit)
+        raise BodyTooLargeError(f"The body is larger than {limit} bytes, the limit of this server. Send less.")
+    return b"".join(chunks)
+
+
+async def _discard(request: Request, most: int) -> None:
+    """Read on for a moment: many clients read an answer only after they have written everything."""
+    discarded, more = 0, True
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_TIMEOUT_S):
+            while more and discarded < most:
+                message = await request.receive()
+                discarded += len(message.get("body", b""))
+                more = message.get("more_body", False)
 
 
 def _require_plain_json(request: Request) -> None:
@@ -194,18 +211,3 @@ def _require_plain_json(request: Request) -> None:
 def _announced_bytes(request: Request) -> int:
     length = request.headers.get("content-length", "0")
     return int(length) if length.isdecimal() and len(length) < 20 else 0
-
-
-async def _refuse(request: Request, limit: int) -> bytes:
-    """Raise BodyTooLargeError; first read on for a moment, since many clients read only after they wrote."""
-    discarded = 0
-    try:
-        async with asyncio.timeout(_DISCARD_TIMEOUT_S):
-            while discarded < _DISCARD_FACTOR * limit:
-                message = await request.receive()
-                discarded += len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    break
-    except TimeoutError:
-        pass
-    raise BodyTooLargeError(f"The body is larger than {limit} bytes, the limit of this server. Send less.")

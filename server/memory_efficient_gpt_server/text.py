@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from memory_efficient_gpt.engine_info import EngineInfo
 from memory_efficient_gpt.errors import ContextLengthError, InvalidRequestError
@@ -63,7 +63,7 @@ def estimated_tokens(prompt: Prompt) -> int:
 def encode(tokenizer: Tokenizer, prompt: Prompt, *, special_tokens: bool = True) -> tuple[int, ...]:
     """Token ids of a prompt. Raises InvalidRequestError if the chat template refuses the messages."""
     if isinstance(prompt, str):
-        return tuple(tokenizer.encode(prompt))
+        return tuple(tokenizer.encode(prompt, add_special_tokens=special_tokens))
     if prompt and isinstance(prompt[0], ChatMessage):
         messages = [{"role": m.role, "content": m.content} for m in prompt if isinstance(m, ChatMessage)]
         return tuple(tokenizer.apply_chat_template(messages))
@@ -89,41 +89,62 @@ def check_prompt(token_ids: Sequence[int], info: EngineInfo, max_tokens: int | N
         )
 
 
+class ScoredToken(NamedTuple):
+    """A token, its log probability (a prompt's first token has none) and where its text begins."""
+
+    token_id: int
+    entry: TokenLogprob | None
+    offset: int
+
+
+def score_prompt(
+    tokenizer: Tokenizer, token_ids: Sequence[int], entries: Sequence[TokenLogprob | None]
+) -> list[ScoredToken]:
+    """The tokens of an echoed prompt."""
+    offsets = TextAssembler(tokenizer).push(token_ids).offsets
+    return list(map(ScoredToken, token_ids, entries, offsets))
+
+
 class SequenceText:
     """One of the texts that a request produces. `take` events; `pending_*` is what was not yet sent."""
 
     __slots__ = (
         "_assembler",
+        "_offset",
         "finish_reason",
         "index",
         "last_token_s",
         "num_tokens",
         "opened",
-        "pending_logprobs",
+        "pending_scores",
         "pending_text",
         "prompt_index",
-        "scores_shown",
+        "prompt_scored",
     )
 
-    def __init__(self, index: int, prompt_index: int, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    def __init__(self, index: int, prompt_index: int, assembler: TextAssembler, echo: str = "") -> None:
         self.index = index
         self.prompt_index = prompt_index
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
-        self.pending_text = ""
-        self.pending_logprobs: list[TokenLogprob] = []
+        self.pending_text = echo
+        self.pending_scores: list[ScoredToken] = []
         self.opened = False
-        self.scores_shown = False
+        self.prompt_scored = False
         self.last_token_s: float | None = None
-        self._assembler = TextAssembler(tokenizer, stop)
+        self._assembler = assembler
+        self._offset = len(echo)
 
     def take(self, event: SequenceEvent) -> bool:
         """Add an event's tokens. True if a stop string ended the text, which the engine can't know."""
-        self.num_tokens += len(event.token_ids)
         delta = self._assembler.push(event.token_ids)
+        self.num_tokens += delta.num_tokens
         self.pending_text += delta.text
         if event.logprobs is not None:
-            self.pending_logprobs += event.logprobs
+            self.pending_scores += [
+                ScoredToken(entry.token_id, entry, self._offset + offset)
+                for entry, offset in zip(event.logprobs, delta.offsets, strict=False)  # not those behind a stop
+            ]
         if delta.stop_string is not None:
             self.finish_reason = FinishReason.STOP
             return event.finish_reason is None
@@ -131,13 +152,3 @@ class SequenceText:
             self.pending_text += self._assembler.finish().text
             self.finish_reason = event.finish_reason
         return False
-
-
-def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """What a token alone reads as."""
-    return tokenizer.decode([token_id])
-
-
-def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """The bytes a token stands for."""
-    return tokenizer.decode([token_id]).encode()

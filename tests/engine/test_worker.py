@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -34,9 +32,7 @@ from memory_efficient_gpt.request import FinishReason, Request, SequenceEvent
 from memory_efficient_gpt.wire import FrameError
 from memory_efficient_gpt.worker import EXIT_CLOSED, EXIT_ENGINE_FAILED, Worker
 from memory_efficient_gpt.worker_channel import ConnectionClosedError, FrameChannel
-
-sys.path.insert(0, str(Path(__file__).parent))
-from scripted_engine import (
+from tests.engine.scripted_engine import (
     COUNT,
     FAIL,
     OUT_OF_MEMORY,
@@ -56,7 +52,7 @@ class Server:
         self.sock, theirs = socket.socketpair()
         self.sock.settimeout(5)
         self.engine = engine
-        self.outcome: int | BaseException | None = None
+        self.outcome: int | Exception | None = None
         self._decoder = FrameDecoder()
         self._messages: list[Message] = []
         self._theirs = theirs
@@ -66,7 +62,7 @@ class Server:
     def _run(self) -> None:
         try:
             self.outcome = Worker(FrameChannel(self._theirs), self.engine).run()
-        except Exception as error:
+        except (ConnectionClosedError, FrameError) as error:
             self.outcome = error
         self._theirs.close()
 
@@ -90,7 +86,7 @@ class Server:
             got += [event for event in self.next(Events).events if event.request_id == request_id]
         return got
 
-    def join(self) -> int | BaseException | None:
+    def join(self) -> int | Exception | None:
         self.thread.join(5)
         assert not self.thread.is_alive()
         return self.outcome

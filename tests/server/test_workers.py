@@ -27,10 +27,7 @@ from memory_efficient_gpt_server import workers as workers_module
 from memory_efficient_gpt_server.supervision import RestartRule, StallRule
 from memory_efficient_gpt_server.worker_process import start_fork_server
 from memory_efficient_gpt_server.workers import ModelState, WorkerModel, divide_threads
-
-ENGINE_TESTS = Path(__file__).resolve().parents[1] / "engine"
-sys.path.insert(0, str(ENGINE_TESTS))
-from scripted_engine import COUNT, FAIL, HANG, KILLED, REFUSE, load_scripted, request
+from tests.engine.scripted_engine import COUNT, FAIL, HANG, KILLED, REFUSE, load_scripted, request
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -76,6 +73,21 @@ def alive(pid: int) -> bool:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return False
+
+
+def fork_server_of(model: WorkerModel) -> int:
+    return int(Path(f"/proc/{model.pid}/stat").read_text().split()[3])
+
+
+def about(pid: int) -> tuple[str, str]:
+    """A process's status and memory map."""
+    return Path(f"/proc/{pid}/status").read_text(), Path(f"/proc/{pid}/maps").read_text()
+
+
+def descriptors(model: WorkerModel) -> list[str]:
+    """What the worker has open besides the standard three."""
+    folder = Path(f"/proc/{model.pid}/fd")
+    return [os.readlink(entry) for entry in folder.iterdir() if int(entry.name) > 2]
 
 
 def tokens(events: list[SequenceEvent]) -> list[int]:
@@ -247,8 +259,7 @@ def test_a_hung_worker_is_not_ready_and_is_killed(monkeypatch: pytest.MonkeyPatc
 def test_the_fork_server_can_die_too() -> None:
     async def run() -> None:
         async with serving() as model:
-            fork_server = int(Path(f"/proc/{model.pid}/stat").read_text().split()[3])
-            os.kill(fork_server, signal.SIGKILL)
+            os.kill(fork_server_of(model), signal.SIGKILL)
             await until(lambda: model.state is not ModelState.READY)
             await model.wait_ready(30)
             assert tokens(await answer(model, request(COUNT))) == [0, 1, 2, 3, 4]
@@ -309,12 +320,8 @@ def test_a_worker_has_no_descriptor_of_the_server(tmp_path: Path) -> None:
         listener = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
         secret = (tmp_path / "secret").open("w")
         async with serving() as model:
-            fds = Path(f"/proc/{model.pid}/fd")
-            held = {int(entry.name): os.readlink(entry) for entry in fds.iterdir()}
-            assert sum(target.startswith("socket:") for fd, target in held.items() if fd > 2) == 1
-            assert set(held) - {0, 1, 2} == {
-                fd for fd, to in held.items() if to.startswith("socket:") and fd > 2
-            }
+            held = descriptors(model)
+            assert len(held) == 1 and held[0].startswith("socket:")
         listener.close()
         secret.close()
 
@@ -324,9 +331,8 @@ def test_a_worker_has_no_descriptor_of_the_server(tmp_path: Path) -> None:
 def test_the_fork_server_has_one_thread_and_everything_imported() -> None:
     async def run() -> None:
         async with serving() as model:
-            fork_server = Path(f"/proc/{model.pid}/stat").read_text().split()[3]
-            assert "\nThreads:\t1\n" in Path(f"/proc/{fork_server}/status").read_text()
-            mapped = Path(f"/proc/{fork_server}/maps").read_text()
+            status, mapped = about(fork_server_of(model))
+            assert "\nThreads:\t1\n" in status
             assert "libtorch" in mapped and "tokenizers" in mapped
 
     asyncio.run(run())
@@ -336,15 +342,14 @@ SERVER_SCRIPT = """
 import asyncio, sys
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt_server.workers import WorkerModel
-sys.path.insert(0, sys.argv[1])
-from scripted_engine import COUNT, load_scripted, request
+from tests.engine.scripted_engine import COUNT, load_scripted, request
 
 async def main():
-    model = WorkerModel(EngineConfig(model=sys.argv[2]), load=load_scripted)
+    model = WorkerModel(EngineConfig(model=sys.argv[1]), load=load_scripted)
     model.start()
     while model.progress.fraction < 0.5:
         await asyncio.sleep(0.01)
-    if sys.argv[2] == "scripted":
+    if sys.argv[1] == "scripted":
         await model.wait_ready()
         model.submit(request(COUNT, delay_ms=1, max_tokens=10**6))
     print(model.pid, flush=True)
@@ -360,7 +365,7 @@ def test_a_worker_never_outlives_a_killed_server(tmp_path: Path, worker_is: str)
     script = tmp_path / "server.py"
     script.write_text(SERVER_SCRIPT)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, str(script), str(ENGINE_TESTS), worker_is]
+    command = [sys.executable, str(script), worker_is]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as server:
         assert server.stdout is not None
         pid = int(server.stdout.readline())

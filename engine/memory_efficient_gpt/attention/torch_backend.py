@@ -72,16 +72,15 @@ def _store(
 
 
 def _gather(
-    pages: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor, dtype: torch.dtype
+    pages: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Blocks `[B, NB]` of pages `[N, BS, H, D]`, dequantized -> a copy `[B, NB * BS, H, D]`."""
-    rows, num_blocks = blocks.shape
-    _, block_size, heads, size = pages.shape
-    index = blocks.reshape(-1)
-    numbers = pages.index_select(0, index)
+    """Slots `[B, L]` of pages `[N, BS, H, D]`, dequantized -> a copy `[B, H, L, D]` (strided)."""
+    _, _, heads, size = pages.shape
+    index = slots.reshape(-1)
+    numbers = pages.view(-1, heads, size).index_select(0, index)
     if scales is not None:
-        numbers = numbers * scales.index_select(0, index).unsqueeze(-1)
-    return numbers.to(dtype).view(rows, num_blocks * block_size, heads, size)
+        numbers = numbers * scales.view(-1, heads).index_select(0, index).unsqueeze(-1)
+    return numbers.to(dtype).view(*slots.shape, heads, size).transpose(1, 2)
 
 
 def _attend_rows(
@@ -89,12 +88,8 @@ def _attend_rows(
 ) -> torch.Tensor:
     """query `[B, Hq, Dk]`, one token a row -> `[B, Hq, Dv]`."""
     rows, query_heads, _ = query.shape
-    keys = _gather(cache.key, cache.key_scale, batch.blocks, query.dtype)
-    values = _gather(cache.value, cache.value_scale, batch.blocks, query.dtype)
-    hidden = ~batch.visible[:, :, None, None]
-    keys.masked_fill_(hidden, 0)  # what others left in the pages may be NaN, and 0 * NaN is NaN
-    values.masked_fill_(hidden, 0)
-    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    keys = _gather(cache.key, cache.key_scale, batch.slots, query.dtype)
+    values = _gather(cache.value, cache.value_scale, batch.slots, query.dtype)
     packed = query.reshape(rows, keys.shape[1], -1, 1, query.shape[2])
     visible, distance = batch.visible.unsqueeze(1), batch.distance.unsqueeze(1)
     return _attend(packed, keys, values, visible, distance, options).reshape(rows, query_heads, -1)
@@ -105,10 +100,9 @@ def _attend_chunk(
 ) -> torch.Tensor:
     """query `[n, Hq, Dk]`, consecutive tokens of one row -> `[n, Hq, Dv]`."""
     num_tokens, query_heads, _ = query.shape
-    num_keys = chunk.position + num_tokens - chunk.first_key
-    blocks = chunk.blocks.unsqueeze(0)
-    keys = _gather(cache.key, cache.key_scale, blocks, query.dtype)[:, :num_keys].transpose(1, 2)
-    values = _gather(cache.value, cache.value_scale, blocks, query.dtype)[:, :num_keys].transpose(1, 2)
+    num_keys = chunk.slots.shape[1]
+    keys = _gather(cache.key, cache.key_scale, chunk.slots, query.dtype)
+    values = _gather(cache.value, cache.value_scale, chunk.slots, query.dtype)
     if _is_plain(options) and num_keys == num_tokens and num_keys <= (options.window or num_keys):
         heads_first = query.transpose(0, 1).unsqueeze(0)
         attended = scaled_dot_product_attention(

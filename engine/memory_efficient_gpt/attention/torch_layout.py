@@ -24,12 +24,13 @@ class RowBatch:
     """R rows with one query token each; L gathered keys a row.
 
     tokens `[R] int64`: where the rows' queries are among the step's tokens; None when they are all of them,
-    in order. blocks `[R, L / BS] int64`. visible `[R, L] bool`. distance `[R, L] int64`: key's position
-    minus the query's.
+    in order. slots `[R, L] int64`: block * BS + offset of each key. visible `[R, L] bool`. distance
+    `[R, L] int64`: key's position minus the query's. Where a row has fewer keys, `slots` repeats its last
+    one: what others left in the cache may be NaN, which no attention weight of 0 would take away.
     """
 
     tokens: torch.Tensor | None
-    blocks: torch.Tensor
+    slots: torch.Tensor
     visible: torch.Tensor
     distance: torch.Tensor
 
@@ -38,14 +39,14 @@ class RowBatch:
 class Chunk:
     """Consecutive query tokens of one row: step tokens start..start+num_tokens-1, the first at `position`.
 
-    blocks `[NB] int64` hold the keys of positions first_key..position+num_tokens-1 (and perhaps more after).
+    slots `[1, L] int64`: block * BS + offset of the keys of positions first_key..position + num_tokens - 1.
     """
 
     start: int
     num_tokens: int
     position: int
     first_key: int
-    blocks: torch.Tensor
+    slots: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +108,11 @@ class _Planner:
 
     def _chunk(self, row: int, start: int, length: int, num_keys: int) -> Chunk:
         position = num_keys - length
-        first_block = 0 if self._window is None else max(0, position - self._window + 1) // self._block_size
-        last_block = (num_keys - 1) // self._block_size
-        return Chunk(
-            start=start,
-            num_tokens=length,
-            position=position,
-            first_key=first_block * self._block_size,
-            blocks=self._context.block_tables[row, first_block : last_block + 1].long(),
-        )
+        first_key = 0 if self._window is None else max(0, position - self._window + 1)
+        positions = torch.arange(first_key, num_keys, device=self._device)
+        blocks = self._context.block_tables[row].long()[positions // self._block_size]
+        slots = blocks * self._block_size + positions % self._block_size
+        return Chunk(start, length, position, first_key, slots.unsqueeze(0))
 
     def _batches(self, rows: Sequence[int], tokens: Sequence[int]) -> list[RowBatch]:
         """Rows of like lengths together, each batch within the gathering limit."""
@@ -123,8 +120,7 @@ class _Planner:
         batches = []
         for members in self._groups(rows):
             longest = self._longest([rows[m] for m in members])
-            per_row = self._num_blocks(longest) * self._block_size * self._key_numbers
-            size = max(1, MAX_GATHERED // per_row)
+            size = max(1, MAX_GATHERED // (self._num_keys(longest) * self._key_numbers))
             for at in range(0, len(members), size):
                 part = members[at : at + size]
                 if whole and len(part) == len(rows):
@@ -139,12 +135,12 @@ class _Planner:
         everyone = list(range(len(rows)))
         if not rows or lengths is None:
             return [everyone] if rows else []
-        blocks = [self._num_blocks(lengths[row]) for row in rows]
-        if len(rows) * max(blocks) <= 2 * sum(blocks):
+        keys = [self._num_keys(lengths[row]) for row in rows]
+        if len(rows) * max(keys) <= 2 * sum(keys):
             return [everyone]
         groups: dict[int, list[int]] = {}
         for member in everyone:
-            groups.setdefault((blocks[member] - 1).bit_length(), []).append(member)
+            groups.setdefault((keys[member] - 1).bit_length(), []).append(member)
         return list(groups.values())
 
     def _longest(self, rows: Sequence[int]) -> int:
@@ -158,12 +154,9 @@ class _Planner:
             return _on_host(None, self._context.context_lens)
         return lengths
 
-    def _num_blocks(self, num_keys: int) -> int:
-        """Blocks to gather for one query token that has `num_keys` keys."""
-        blocks = max(1, -(-num_keys // self._block_size))
-        if self._window is None:
-            return blocks
-        return min(blocks, -(-(self._window - 1) // self._block_size) + 1)
+    def _num_keys(self, context_len: int) -> int:
+        """Keys to gather for one query token."""
+        return max(1, context_len if self._window is None else min(context_len, self._window))
 
     def _batch(self, rows: list[int] | None, tokens: list[int] | None, longest: int) -> RowBatch:
         tables, lengths = self._context.block_tables, self._context.context_lens
@@ -173,18 +166,14 @@ class _Planner:
             token_index = torch.tensor(tokens).to(self._device, non_blocking=True)
             tables, lengths = tables.index_select(0, row_index), lengths.index_select(0, row_index)
         lengths = lengths.long().clamp(min=1).unsqueeze(1)
-        num_blocks = self._num_blocks(longest)
-        first_block = torch.zeros_like(lengths)
-        if self._window is not None:
-            first_block = (lengths - self._window).clamp(min=0) // self._block_size
-        columns = first_block + torch.arange(num_blocks, device=self._device)
-        offsets = torch.arange(num_blocks * self._block_size, device=self._device)
-        distance = first_block * self._block_size + offsets - (lengths - 1)
-        visible = distance <= 0
-        if self._window is not None:
-            visible &= distance > -self._window
-        blocks = tables.long().gather(1, columns.clamp(max=tables.shape[1] - 1))
-        return RowBatch(token_index, blocks, visible, distance)
+        num_keys = self._num_keys(longest)
+        first = torch.zeros_like(lengths) if self._window is None else (lengths - num_keys).clamp(min=0)
+        positions = first + torch.arange(num_keys, device=self._device)
+        visible = positions < lengths
+        positions = positions.minimum(lengths - 1)
+        blocks = tables.long().gather(1, positions // self._block_size)
+        slots = blocks * self._block_size + positions % self._block_size
+        return RowBatch(token_index, slots, visible, positions - (lengths - 1))
 
 
 def _on_host(known: Sequence[int] | None, tensor: torch.Tensor) -> Sequence[int]:

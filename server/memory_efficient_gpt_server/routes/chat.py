@@ -24,11 +24,11 @@ from memory_efficient_gpt_server.deps import (
     require_key,
 )
 from memory_efficient_gpt_server.models import ServedModel
-from memory_efficient_gpt_server.routes.dialect import FinishedChoice, ScoredToken, Template, Usage, finite
+from memory_efficient_gpt_server.routes.dialect import FinishedChoice, Template, Usage, finite
 from memory_efficient_gpt_server.routes.generation import GenerationResponse, Job
 from memory_efficient_gpt_server.schemas import ChatBody
 from memory_efficient_gpt_server.sse import event, json_text
-from memory_efficient_gpt_server.text import token_bytes, token_text
+from memory_efficient_gpt_server.text import ScoredToken
 
 router = APIRouter(dependencies=[Depends(require_key)])
 
@@ -89,14 +89,14 @@ class ChatDialect:
         """The event without choices."""
         return event(to_json({**self._common, "choices": [], "usage": usage.as_json()}))
 
-    def logprobs(self, index: int, tokens: Sequence[ScoredToken]) -> Any:
+    def logprobs(self, tokens: Sequence[ScoredToken]) -> Any:
         """One object for each token."""
         content = [
             {
                 **self._scored(token_id, entry.logprob),
                 "top_logprobs": [self._scored(other, logprob) for other, logprob in entry.top],
             }
-            for token_id, entry in tokens
+            for token_id, entry, _ in tokens
             if entry is not None
         ]
         return {"content": content, "refusal": None}
@@ -120,5 +120,5 @@ class ChatDialect:
         return {**self._common, "choices": [choice], **self._usage}
 
     def _scored(self, token_id: int, logprob: float) -> dict[str, Any]:
-        raw = token_bytes(self._tokenizer, token_id)
-        return {"token": token_text(self._tokenizer, token_id), "logprob": finite(logprob), "bytes": list(raw)}
+        token, raw = self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
+        return {"token": token, "logprob": finite(logprob), "bytes": list(raw)}

@@ -17,6 +17,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic_core import to_json
 
 from memory_efficient_gpt.errors import InvalidRequestError
+from memory_efficient_gpt.request import TokenLogprob
 from memory_efficient_gpt_server.deps import (
     CurrentClient,
     CurrentServer,
@@ -26,11 +27,11 @@ from memory_efficient_gpt_server.deps import (
     require_key,
 )
 from memory_efficient_gpt_server.models import ServedModel
-from memory_efficient_gpt_server.routes.dialect import FinishedChoice, ScoredToken, Template, Usage, finite
+from memory_efficient_gpt_server.routes.dialect import FinishedChoice, Template, Usage, finite
 from memory_efficient_gpt_server.routes.generation import GenerationResponse, Job
 from memory_efficient_gpt_server.schemas import CompletionBody
 from memory_efficient_gpt_server.sse import event, json_text
-from memory_efficient_gpt_server.text import token_text
+from memory_efficient_gpt_server.text import ScoredToken
 
 router = APIRouter(dependencies=[Depends(require_key)])
 
@@ -66,8 +67,9 @@ async def create_completion(
     completion_id = f"cmpl-{uuid.uuid4().hex}"
     dialect = CompletionDialect(completion_id, model, body.include_usage)
     job = Job(
-        completion_id, model, body.prompt, params, body, dialect, "prompt", echo=echo, score_only=score_only
-    )
+        completion_id, model, body.prompt, params, body, dialect, "prompt",
+        continues_text=True, echo=echo, score_only=score_only,
+    )  # fmt: skip
     return GenerationResponse(server, client, job, record_of(request))
 
 
@@ -85,7 +87,6 @@ class CompletionDialect:
         }
         self._usage: dict[str, Any] = {"usage": None} if include_usage else {}
         self._templates: dict[int, Template] = {}
-        self._offsets: dict[int, int] = {}
 
     def begin(self, index: int) -> bytes:
         """A completion's choice begins with its text."""
@@ -106,23 +107,13 @@ class CompletionDialect:
         """The event without choices."""
         return event(to_json({**self._common, "choices": [], "usage": usage.as_json()}))
 
-    def logprobs(self, index: int, tokens: Sequence[ScoredToken]) -> Any:
+    def logprobs(self, tokens: Sequence[ScoredToken]) -> Any:
         """Parallel lists; a prompt's first token has null."""
-        offset, offsets, texts = self._offsets.get(index, 0), [], []
-        for token_id, _ in tokens:
-            text = token_text(self._tokenizer, token_id)
-            texts.append(text)
-            offsets.append(offset)
-            offset += len(text)
-        self._offsets[index] = offset
         return {
-            "tokens": texts,
-            "token_logprobs": [None if entry is None else finite(entry.logprob) for _, entry in tokens],
-            "top_logprobs": [
-                None if entry is None else self._best((*entry.top, (token_id, entry.logprob)))
-                for token_id, entry in tokens
-            ],
-            "text_offset": offsets,
+            "tokens": [self._tokenizer.token_text(token.token_id) for token in tokens],
+            "token_logprobs": [None if t.entry is None else finite(t.entry.logprob) for t in tokens],
+            "top_logprobs": [None if t.entry is None else self._best(t.entry) for t in tokens],
+            "text_offset": [token.offset for token in tokens],
         }
 
     def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:
@@ -137,9 +128,9 @@ class CompletionDialect:
         choice = {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
         return {**self._common, "choices": [choice], **self._usage}
 
-    def _best(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
-        """By text, as OpenAI has it: of tokens with the same text the more likely one counts."""
+    def _best(self, entry: TokenLogprob) -> dict[str, float]:
+        """The chosen token and the likeliest ones by text; of tokens with one text the likelier counts."""
         best: dict[str, float] = {}
-        for token_id, logprob in top:
-            best.setdefault(token_text(self._tokenizer, token_id), finite(logprob))
+        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+            best.setdefault(self._tokenizer.token_text(token_id), finite(logprob))
         return best

@@ -13,16 +13,13 @@ from typing import Any, Final, Protocol
 
 from pydantic_core import to_json
 
-from memory_efficient_gpt.request import TokenLogprob
 from memory_efficient_gpt_server.sse import event
+from memory_efficient_gpt_server.text import ScoredToken
 
 LEAST_LOGPROB: Final = -9999.0
 """OpenAI's number for "very unlikely"; JSON has no -inf."""
 
 _MARK: Final = "\0"
-
-ScoredToken = tuple[int, TokenLogprob | None]
-"""A token id and its log probability; a prompt's first token has none."""
 
 
 @dataclass(slots=True)
@@ -68,7 +65,7 @@ class Dialect(Protocol):
     def usage(self, usage: Usage) -> bytes:
         """The event with the whole request's usage."""
 
-    def logprobs(self, index: int, tokens: Sequence[ScoredToken]) -> Any:
+    def logprobs(self, tokens: Sequence[ScoredToken]) -> Any:
         """The format's logprobs object for the next tokens of a choice."""
 
     def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from memory_efficient_gpt.errors import EngineFailedError, MegptError
+from memory_efficient_gpt.output import TextAssembler
 from memory_efficient_gpt.request import FinishReason, Request, SamplingParams, SequenceEvent
 from memory_efficient_gpt_server.deps import Client, Server
 from memory_efficient_gpt_server.errors import ClientDisconnectedError, StreamStalledError, answer_for
@@ -26,10 +27,19 @@ from memory_efficient_gpt_server.logs import RequestRecord
 from memory_efficient_gpt_server.merged_events import MergedEvents
 from memory_efficient_gpt_server.metrics import ModelMetrics
 from memory_efficient_gpt_server.models import ServedModel
-from memory_efficient_gpt_server.routes.dialect import Dialect, FinishedChoice, ScoredToken, Usage
+from memory_efficient_gpt_server.routes.dialect import Dialect, FinishedChoice, Usage
 from memory_efficient_gpt_server.schemas import GenerationBody
 from memory_efficient_gpt_server.sse import DONE, SseChannel, event
-from memory_efficient_gpt_server.text import Prompt, SequenceText, check_prompt, encode, estimated_tokens, size_of
+from memory_efficient_gpt_server.text import (
+    Prompt,
+    ScoredToken,
+    SequenceText,
+    check_prompt,
+    encode,
+    estimated_tokens,
+    score_prompt,
+    size_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +53,7 @@ _LAST_WRITE_TIMEOUT_S: Final = 5.0
 class Job:
     """What to generate. `field` is the prompts' field in the body; `echo` puts the prompt before its text.
 
+    continues_text: the text goes on where the prompt ends, so a space before its first word is part of it.
     score_only: the one token that `params` asks for is not shown: only the prompt is scored.
     """
 
@@ -53,6 +64,7 @@ class Job:
     body: GenerationBody
     dialect: Dialect
     field: str
+    continues_text: bool = False
     echo: bool = False
     score_only: bool = False
 
@@ -67,6 +79,7 @@ class GenerationResponse(Response):
     """An ASGI response that does the job while it answers."""
 
     def __init__(self, server: Server, client: Client, job: Job, record: RequestRecord) -> None:
+        super().__init__()
         self._server = server
         self._client = client
         self._job = job
@@ -167,16 +180,13 @@ class Generation:
         self._events = MergedEvents()
         self._prompt_scores: dict[int, list[ScoredToken]] = {}
         self._cached = [0] * len(prompts)
-        tokenizer, params = job.model.tokenizer, job.params
+        echoes = [self._prompt_text(number) if job.echo else "" for number in range(len(prompts))]
         self.sequences = [
-            SequenceText(prompt * params.n + i, prompt, tokenizer, params.stop)
-            for prompt in range(len(prompts))
-            for i in range(params.n)
+            SequenceText(number * job.params.n + i, number, self._assembler(), echoes[number])
+            for number in range(len(prompts))
+            for i in range(job.params.n)
         ]
         self._numbers = {self._request_id(i): i for i in range(len(prompts))}
-        if job.echo:
-            for sequence in self.sequences:
-                sequence.pending_text = self._prompt_text(sequence.prompt_index)
 
     @property
     def usage(self) -> Usage:
@@ -224,7 +234,7 @@ class Generation:
             if not sequence.opened:
                 sequence.opened = True
                 parts.append(dialect.begin(sequence.index))
-            if sequence.pending_text or sequence.pending_logprobs:
+            if sequence.pending_text or sequence.pending_scores:
                 text, logprobs = self._shown(sequence)
                 parts.append(dialect.delta(sequence.index, text, logprobs))
             if sequence.finish_reason is not None:
@@ -263,8 +273,9 @@ class Generation:
         if news.num_cached_tokens:
             self._cached[prompt] = max(self._cached[prompt], news.num_cached_tokens)
         if news.prompt_logprobs is not None:
-            pairs = zip(self._prompts[prompt], news.prompt_logprobs, strict=True)
-            self._prompt_scores[prompt] = list(pairs)
+            self._prompt_scores[prompt] = score_prompt(
+                self._job.model.tokenizer, self._prompts[prompt], news.prompt_logprobs
+            )
         if self._job.score_only:
             news.token_ids, news.logprobs = [], None
         if sequence.take(news):
@@ -289,12 +300,16 @@ class Generation:
         text, sequence.pending_text = sequence.pending_text, ""
         if self._job.params.logprobs is None and self._job.params.prompt_logprobs is None:
             return text, None
-        scored: list[ScoredToken] = [(entry.token_id, entry) for entry in sequence.pending_logprobs]
-        if not sequence.scores_shown:
-            sequence.scores_shown = True
-            scored = self._prompt_scores.get(sequence.prompt_index, []) + scored
-        sequence.pending_logprobs = []
-        return text, self._job.dialect.logprobs(sequence.index, scored)
+        scores, sequence.pending_scores = sequence.pending_scores, []
+        if not sequence.prompt_scored:
+            sequence.prompt_scored = True
+            scores = self._prompt_scores.get(sequence.prompt_index, []) + scores
+        return text, self._job.dialect.logprobs(scores)
+
+    def _assembler(self) -> TextAssembler:
+        return TextAssembler(
+            self._job.model.tokenizer, self._job.params.stop, continues=self._job.continues_text
+        )
 
     def _request_id(self, number: int) -> str:
         return f"{self._job.id}-{number}" if len(self._prompts) > 1 else self._job.id

@@ -7,6 +7,7 @@ blocks, and submitted again so that they find their prefixes in the cache.
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -38,9 +39,10 @@ def make_prompts() -> list[list[int]]:
 def generated_alone(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
     """Greedy tokens of transformers' generate, one prompt at a time."""
     outputs = []
+    generate: Any = model.generate
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        tokens = model.generate(
+        tokens = generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=NEW_TOKENS,

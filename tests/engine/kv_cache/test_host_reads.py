@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -43,4 +45,5 @@ def test_padding_ids_in_a_packed_row_are_not_looked_at() -> None:
     model = CASES["gpt2"].model()
     remove_host_reads(model)
     ids = torch.full((1, 3), model.config.pad_token_id, device="meta")  # has no values to look at
-    model.get_submodule("transformer").warn_if_padding_and_no_attention_mask(ids, None)
+    transformer: Any = model.get_submodule("transformer")
+    transformer.warn_if_padding_and_no_attention_mask(ids, None)

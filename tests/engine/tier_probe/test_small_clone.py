@@ -38,7 +38,7 @@ def test_kind_of_heads_and_their_size_stay(heads: int, kv_heads: int, small: tup
 
 def test_every_kind_of_layer_is_kept_in_order() -> None:
     clone = smallest("gemma3_text")
-    assert clone.layer_types == ["sliding_attention"] * 5 + ["full_attention"]
+    assert clone.layer_types == (["sliding_attention"] * 5 + ["full_attention"]) * 2
     late = smallest("qwen2", use_sliding_window=True, max_window_layers=28, sliding_window=4096)
     assert late.layer_types == ["full_attention", "sliding_attention"]
     assert late.sliding_window == WINDOW

@@ -20,6 +20,7 @@ namespace megpt {
 namespace {
 
 constexpr int64_t kSplitKeys = 1024;   // keys whose softmax is summed before it joins the splits before it
+constexpr int64_t kFewRows = 16;       // up to here an item may have several heads
 constexpr double kThreadWork = 400e3;  // multiplications worth waking a thread for
 
 struct Problem {
@@ -35,10 +36,12 @@ struct Problem {
     int64_t group() const { return Hq / cache.Hkv; }
 };
 
-// Up to kRowBlock rows of one sequence and one KV head.
+// Up to kRowBlock rows of one sequence for some neighbouring KV heads. Several heads only where rows are few:
+// then memory sets the pace, and a token's heads lie side by side.
 struct Item {
-    int32_t sequence, head;
-    int64_t first_row, rows;
+    int32_t sequence;
+    int64_t head, heads;
+    int64_t first_row, rows;      // of each head
     int64_t first_split, splits;  // the splits that any row sees
     int64_t unit;                 // number of splits of the items before
 };
@@ -50,15 +53,24 @@ KeyRange range_of(const Problem& p, const Item& item, int64_t row) {
     return {window > 0 ? std::max<int64_t>(0, position + 1 - window) : 0, position + 1};
 }
 
+// Heads of an item with few rows: all, or fewer to give every thread something to do.
+int64_t heads_together(const Problem& p, int64_t threads) {
+    int64_t heads = p.cache.Hkv;
+    while (heads > 1 && p.S * ceil_div(p.cache.Hkv, heads) < 2 * threads) heads = ceil_div(heads, 2);
+    return heads;
+}
+
 // Longest rows first within a sequence, so that no thread is left with the heaviest item at the end.
-void plan(const Problem& p, std::vector<Item>& items) {
+void plan(const Problem& p, int64_t threads, std::vector<Item>& items) {
     items.clear();
+    const int64_t together = heads_together(p, threads);
     int64_t unit = 0;
     for (int64_t s = 0; s < p.S; ++s) {
         const int64_t rows = (p.query_starts[s + 1] - p.query_starts[s]) * p.group();
+        const int64_t step = rows <= kFewRows ? together : 1;
         for (int64_t block = ceil_div(rows, kRowBlock) - 1; block >= 0; --block)
-            for (int64_t h = 0; h < p.cache.Hkv; ++h) {
-                Item item{static_cast<int32_t>(s), static_cast<int32_t>(h), block * kRowBlock,
+            for (int64_t h = 0; h < p.cache.Hkv; h += step) {
+                Item item{static_cast<int32_t>(s), h, std::min(step, p.cache.Hkv - h), block * kRowBlock,
                           std::min<int64_t>(kRowBlock, rows - block * kRowBlock), 0, 0, unit};
                 const int64_t begin = range_of(p, item, 0).begin;
                 const int64_t end = range_of(p, item, item.rows - 1).end;
@@ -70,52 +82,75 @@ void plan(const Problem& p, std::vector<Item>& items) {
     }
 }
 
-const void* query_row(const Problem& p, const Item& item, int64_t row, int64_t element_bytes) {
-    const int64_t r = item.first_row + row;
-    const int64_t token = p.query_starts[item.sequence] + r / p.group();
-    const int64_t head = item.head * p.group() + r % p.group();
-    return static_cast<const char*>(p.query) +
-           (token * p.query_stride_t + head * p.query_stride_h) * element_bytes;
+int64_t query_head(const Problem& p, const Item& item, int64_t h, int64_t row) {
+    return (item.head + h) * p.group() + (item.first_row + row) % p.group();
 }
 
-// One split of one item, into `state`.
+int64_t query_token(const Problem& p, const Item& item, int64_t row) {
+    return p.query_starts[item.sequence] + (item.first_row + row) / p.group();
+}
+
+template <class Math>
+void pack_queries(const Problem& p, const Item& item, int64_t words, float* out) {
+    for (int64_t h = 0; h < item.heads; ++h)
+        for (int64_t r = 0; r < item.rows; ++r, out += words) {
+            const int64_t at = query_token(p, item, r) * p.query_stride_t + query_head(p, item, h, r) * p.query_stride_h;
+            if (p.query_dtype == kBFloat16)
+                Math::pack_query(out, static_cast<const bf16*>(p.query) + at, p.cache.Dk);
+            else
+                Math::pack_query(out, static_cast<const float*>(p.query) + at, p.cache.Dk);
+        }
+}
+
+// An item's states, head after head.
+struct States {
+    float* memory;
+    int64_t rows, Dv;
+
+    static int64_t floats(const Item& item, int64_t Dv) { return item.heads * State::floats(item.rows, Dv); }
+    States(float* memory, const Item& item, int64_t Dv) : memory(memory), rows(item.rows), Dv(Dv) {}
+    State of(int64_t h) const { return {memory + h * State::floats(rows, Dv), rows, Dv}; }
+};
+
+// One split of one item, into `states`.
 template <class Math, class KT>
-void compute_split(const Problem& p, const Item& item, int64_t split, const State& state) {
-    const int64_t Dk = p.cache.Dk, words = ceil_div(Dk, Math::kPerWord);
-    TileMemory memory = TileMemory::on_this_thread(words, state.stride);
+void compute_split(const Problem& p, const Item& item, int64_t split, const States& states) {
+    const Cache& c = p.cache;
+    const int64_t words = ceil_div(c.Dk, Math::kPerWord), heads = item.heads;
+    const TileMemory memory = TileMemory::on_this_thread(item.rows, heads, words, round_up(c.Dv, W));
+    pack_queries<Math>(p, item, words, memory.query);
     RowBlock rows{};
     rows.count = item.rows;
-    for (int64_t r = 0; r < item.rows; ++r) {
-        rows.range[r] = range_of(p, item, r);
-        const int64_t head = item.head * p.group() + (item.first_row + r) % p.group();
-        rows.slope[r] = p.slopes ? p.slopes[head] : 0.0f;
-        float* packed = memory.query + r * words;
-        if (p.query_dtype == kBFloat16)
-            Math::pack_query(packed, static_cast<const bf16*>(query_row(p, item, r, sizeof(bf16))), Dk);
-        else
-            Math::pack_query(packed, static_cast<const float*>(query_row(p, item, r, sizeof(float))), Dk);
-    }
-    state.clear(item.rows);
-    const int64_t begin = std::max(rows.range[0].begin, split * kSplitKeys) / kTileKeys * kTileKeys;
+    for (int64_t r = 0; r < item.rows; ++r) rows.range[r] = range_of(p, item, r);
+    for (int64_t h = 0; h < heads; ++h) states.of(h).clear(item.rows);
+    const int64_t first = rows.range[0].begin;
+    const int64_t begin = std::max(first, split * kSplitKeys) / kTileKeys * kTileKeys;
     const int64_t end = std::min(rows.range[item.rows - 1].end, (split + 1) * kSplitKeys);
     const int32_t* table = p.block_tables + item.sequence * p.table_stride;
     const auto locate = [&](int64_t start) {
-        return TileKeys<KT>(p.cache, table, item.head, std::max(start, rows.range[0].begin), start, end);
+        return start < end ? TileSlots(c, table, first, start, end) : TileSlots();
     };
-    TileKeys<KT> keys = locate(begin);
+    const auto* keys = static_cast<const KT*>(c.keys) + item.head * c.Dk;
+    const auto* values = static_cast<const KT*>(c.values) + item.head * c.Dv;
+    constexpr auto size = static_cast<int64_t>(sizeof(KT));
+    TileSlots slots = locate(begin);
     for (int64_t start = begin; start < end; start += kTileKeys) {
-        const TileKeys<KT> next = start + kTileKeys < end ? locate(start + kTileKeys) : TileKeys<KT>();
-        attend_tile<Math, KT>(p.maths, p.cache, rows, keys, next, start, memory, state);
-        keys = next;
+        const TileSlots next = locate(start + kTileKeys);
+        for (int64_t h = 0; h < heads; ++h) {
+            next.prefetch(keys, c.Hkv * c.Dk * size, c.Dk * size, heads, h, heads);
+            next.prefetch(values, c.Hkv * c.Dv * size, c.Dv * size, heads, h, heads);
+            const auto slope = [&](int64_t r) { return p.slopes ? p.slopes[query_head(p, item, h, r)] : 0.0f; };
+            attend_tile<Math, KT>(p.maths, c, rows, slots, item.head + h, start, slope, memory,
+                                  memory.query + h * item.rows * words, states.of(h));
+        }
+        slots = next;
     }
 }
 
 // out = acc / l, after the sinks took their share of l; a row without keys gives zeros.
-void finish(const Problem& p, const Item& item, const State& state) {
+void finish_head(const Problem& p, const Item& item, int64_t h, const State& state) {
     for (int64_t r = 0; r < item.rows; ++r) {
-        const int64_t row = item.first_row + r;
-        const int64_t token = p.query_starts[item.sequence] + row / p.group();
-        const int64_t head = item.head * p.group() + row % p.group();
+        const int64_t token = query_token(p, item, r), head = query_head(p, item, h, r);
         float sum = state.l[r];
         const float* acc = state.acc + r * state.stride;
         Vf factor = set1(1.0f);
@@ -138,18 +173,25 @@ void finish(const Problem& p, const Item& item, const State& state) {
     }
 }
 
+void finish(const Problem& p, const Item& item, const States& states) {
+    for (int64_t h = 0; h < item.heads; ++h) finish_head(p, item, h, states.of(h));
+}
+
+void join(const Item& item, const States& states, const States& later) {
+    for (int64_t h = 0; h < item.heads; ++h) states.of(h).join(later.of(h), item.rows);
+}
+
 // Every split of an item in turn, joined in order.
 template <class Math, class KT>
 void run_item(const Problem& p, const Item& item) {
     static thread_local Scratch scratch;
-    const int64_t size = State::floats(p.Dv);
+    const int64_t size = States::floats(item, p.Dv);
     float* memory = static_cast<float*>(scratch.reserve(static_cast<size_t>(2 * size) * sizeof(float)));
-    const State total(memory, p.Dv);
+    const States total(memory, item, p.Dv), part(memory + size, item, p.Dv);
     compute_split<Math, KT>(p, item, item.first_split, total);
-    const State part(memory + size, p.Dv);
     for (int64_t i = 1; i < item.splits; ++i) {
         compute_split<Math, KT>(p, item, item.first_split + i, part);
-        total.join(part, item.rows);
+        join(item, total, part);
     }
     finish(p, item, total);
 }
@@ -158,20 +200,21 @@ void run_item(const Problem& p, const Item& item) {
 template <class Math, class KT>
 void run_splits(const Problem& p, const std::vector<Item>& items, int threads) {
     static thread_local Scratch scratch;
-    const int64_t size = State::floats(p.Dv), units = items.back().unit + items.back().splits;
+    int64_t size = 0;
+    for (const Item& item : items) size = std::max(size, States::floats(item, p.Dv));
+    const int64_t units = items.back().unit + items.back().splits;
     float* memory = static_cast<float*>(scratch.reserve(static_cast<size_t>(units * size) * sizeof(float)));
     parallel_for(units, threads, [&](int64_t unit) {
         const auto after = std::upper_bound(items.begin(), items.end(), unit,
                                             [](int64_t u, const Item& item) { return u < item.unit; });
         const Item& item = *(after - 1);
-        compute_split<Math, KT>(p, item, item.first_split + unit - item.unit, State(memory + unit * size, p.Dv));
+        compute_split<Math, KT>(p, item, item.first_split + unit - item.unit, {memory + unit * size, item, p.Dv});
     });
-    parallel_for(static_cast<int64_t>(items.size()), 1, [&](int64_t i) {
-        const State total(memory + items[i].unit * size, p.Dv);
-        for (int64_t k = 1; k < items[i].splits; ++k)
-            total.join(State(memory + (items[i].unit + k) * size, p.Dv), items[i].rows);
-        finish(p, items[i], total);
-    });
+    for (const Item& item : items) {
+        const States total(memory + item.unit * size, item, p.Dv);
+        for (int64_t k = 1; k < item.splits; ++k) join(item, total, {memory + (item.unit + k) * size, item, p.Dv});
+        finish(p, item, total);
+    }
 }
 
 // Padding: tokens before the first row's and after the last row's.
@@ -185,11 +228,11 @@ void clear_padding(const Problem& p) {
 template <class Math, class KT>
 void run(const Problem& p, int64_t threads) {
     static thread_local std::vector<Item> items;
-    plan(p, items);
+    plan(p, threads, items);
     if (items.empty()) return;
     double work = 0;
     for (const Item& item : items)
-        work += static_cast<double>(item.rows + 4) * static_cast<double>(item.splits) *
+        work += static_cast<double>((item.rows + 4) * item.heads * item.splits) *
                 static_cast<double>(std::min<int64_t>(range_of(p, item, item.rows - 1).end, kSplitKeys)) *
                 static_cast<double>(p.cache.Dk + p.Dv);
     const int team = useful_threads(threads, work, kThreadWork);

@@ -37,7 +37,6 @@ struct KeyRange {
 struct RowBlock {
     int64_t count;
     KeyRange range[kRowBlock];
-    float slope[kRowBlock];
 };
 
 inline float exp1(float x) {
@@ -52,10 +51,10 @@ struct State {
     int64_t stride;  // of acc's rows: Dv rounded up to whole vectors
     float *m, *l, *acc;
 
-    static int64_t floats(int64_t Dv) { return kRowBlock * (round_up(Dv, W) + 2); }
+    static int64_t floats(int64_t rows, int64_t Dv) { return rows * round_up(Dv, W) + round_up(2 * rows, 16); }
 
-    State(float* memory, int64_t Dv)
-        : stride(round_up(Dv, W)), m(memory), l(m + kRowBlock), acc(l + kRowBlock) {}
+    State(float* memory, int64_t rows, int64_t Dv)
+        : stride(round_up(Dv, W)), m(memory), l(m + rows), acc(m + round_up(2 * rows, 16)) {}
 
     void clear(int64_t rows) const {
         std::fill(m, m + rows, -INFINITY);
@@ -81,55 +80,60 @@ struct State {
 
 // A thread's working memory for one tile.
 struct TileMemory {
-    float* query;   // [rows][words of Dk]
+    float* query;   // [heads][rows][words of Dk]
     float* keys;    // [words of Dk][kTileKeys]: transposed, so that a vector holds one word of W keys
     float* values;  // [words of kTileKeys][stride]
     float* scores;  // [rows][kTileKeys], then the probabilities
 
-    static TileMemory on_this_thread(int64_t words, int64_t stride) {
+    static TileMemory on_this_thread(int64_t rows, int64_t heads, int64_t words, int64_t stride) {
         static thread_local Scratch scratch;
-        const int64_t query = round_up(kRowBlock * words, 16), keys = words * kTileKeys, values = kTileKeys * stride;
-        const int64_t floats = query + keys + values + kRowBlock * kTileKeys;
-        auto* p = static_cast<float*>(scratch.reserve(static_cast<size_t>(floats) * sizeof(float)));
+        const int64_t query = round_up(rows * heads * words, 16), keys = words * kTileKeys;
+        const int64_t values = kTileKeys * stride, scores = rows * kTileKeys;
+        auto* p = static_cast<float*>(scratch.reserve(static_cast<size_t>(query + keys + values + scores) * sizeof(float)));
         return {p, p + query, p + query + keys, p + query + keys + values};
     }
 };
 
-// Where a tile's keys and values are; null beyond what the rows see.
-template <class KT>
-struct TileKeys {
-    int64_t count = 0;  // from the tile's start, up to the last visible key
-    const KT* key[kTileKeys] = {};
-    const KT* value[kTileKeys] = {};
-    float key_scale[kTileKeys] = {}, value_scale[kTileKeys] = {};
+// Where the keys first..count-1 of a tile are; the rows see no others.
+struct TileSlots {
+    int64_t first = 0, count = 0;
+    int64_t slot[kTileKeys];  // block * BS + offset
 
-    TileKeys() = default;
-    TileKeys(const Cache& c, const int32_t* table, int64_t head, int64_t first, int64_t start, int64_t end) {
-        count = std::min(kTileKeys, end - start);
-        int64_t block = first / c.BS, offset = first % c.BS;
-        for (int64_t j = first - start; j < count; ++j) {
-            const int64_t row = (table[block] * c.BS + offset) * c.Hkv + head;
-            key[j] = static_cast<const KT*>(c.keys) + row * c.Dk;
-            value[j] = static_cast<const KT*>(c.values) + row * c.Dv;
-            if constexpr (sizeof(KT) == 1) {
-                key_scale[j] = c.key_scales[row];
-                value_scale[j] = c.value_scales[row];
-            }
+    TileSlots() = default;
+    TileSlots(const Cache& c, const int32_t* table, int64_t begin, int64_t start, int64_t end)
+        : first(std::max<int64_t>(begin - start, 0)), count(std::min(kTileKeys, end - start)) {
+        int64_t block = (start + first) / c.BS, offset = (start + first) % c.BS;
+        for (int64_t j = first; j < count; ++j) {
+            slot[j] = table[block] * c.BS + offset;
             if (++offset == c.BS) {
                 offset = 0;
                 ++block;
             }
         }
     }
+
+    // Ask for part `part` of `parts` of the rows of `heads` heads: neighbours in memory, one after another.
+    void prefetch(const void* cache, int64_t row_bytes, int64_t head_bytes, int64_t heads, int64_t part,
+                  int64_t parts) const {
+        for (int64_t j = first + part * (count - first) / parts; j < first + (part + 1) * (count - first) / parts; ++j) {
+            const char* row = static_cast<const char*>(cache) + slot[j] * row_bytes;
+            for (int64_t at = 0; at < heads * head_bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+        }
+    }
 };
 
+// One head's keys or values of a tile.
 template <class KT>
-void prefetch_row(const KT* row, int64_t elements) {
-    if (row == nullptr) return;
-    const auto* bytes = reinterpret_cast<const char*>(row);
-    for (int64_t at = 0; at < elements * static_cast<int64_t>(sizeof(KT)); at += 64)
-        __builtin_prefetch(bytes + at, 0, 2);
-}
+struct TileRows {
+    const TileSlots& slots;
+    const KT* base;  // slot 0, this head
+    int64_t stride;  // elements from slot to slot
+
+    // Null where the rows see nothing.
+    const KT* row(int64_t j) const {
+        return j >= slots.first && j < slots.count ? base + slots.slot[j] * stride : nullptr;
+    }
+};
 
 // A word is a float.
 struct FloatMath {
@@ -147,9 +151,9 @@ struct FloatMath {
         return d + W <= D ? load(row + d) : load_n(row + d, D - d);
     }
     template <class KT>
-    static void pack_values(float* out, int64_t stride, const TileKeys<KT>& keys, int64_t columns, int64_t D) {
+    static void pack_values(float* out, int64_t stride, const TileRows<KT>& values, int64_t columns, int64_t D) {
         for (int64_t j = 0; j < columns; ++j, out += stride) {
-            const KT* row = keys.value[j];
+            const KT* row = values.row(j);
             for (int64_t d = 0; d < stride; d += W)
                 store(out + d, row ? key_words(row, d, D) : zero());
         }
@@ -191,17 +195,18 @@ struct PairMath {
         return _mm512_castsi512_ps(elements(row, 2 * word, D));
     }
     template <class KT>
-    static void pack_values(float* out, int64_t stride, const TileKeys<KT>& keys, int64_t columns, int64_t D) {
+    static void pack_values(float* out, int64_t stride, const TileRows<KT>& values, int64_t columns, int64_t D) {
         const __m512i zeros = _mm512_setzero_si512();
         // Lanes of `even` and `odd` interleaved: pairs 0..15, then 16..31.
         const __m512i first = interleaving(0), second = interleaving(16);
-        for (int64_t j = 0; j < columns; j += 2, out += stride)
+        for (int64_t j = 0; j < columns; j += 2, out += stride) {
+            const KT *a = values.row(j), *b = values.row(j + 1);
             for (int64_t d = 0; d < stride; d += 2 * W) {
-                const __m512i even = keys.value[j] ? elements(keys.value[j], d, D) : zeros;
-                const __m512i odd = keys.value[j + 1] ? elements(keys.value[j + 1], d, D) : zeros;
+                const __m512i even = a ? elements(a, d, D) : zeros, odd = b ? elements(b, d, D) : zeros;
                 _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(even, first, odd));
                 if (d + W < stride) _mm512_storeu_si512(out + d + W, _mm512_permutex2var_epi16(even, second, odd));
             }
+        }
     }
     static __m512i interleaving(int from) {
         alignas(64) uint16_t lanes[2 * W];
@@ -218,17 +223,20 @@ struct PairMath {
 #endif
 
 template <class Math, class KT>
-void pack_keys(float* out, const TileKeys<KT>& keys, int64_t columns, int64_t D) {
+void pack_keys(float* out, const TileRows<KT>& keys, int64_t columns, int64_t D) {
     const int64_t words = ceil_div(D, Math::kPerWord);
-    for (int64_t j = 0; j < columns; j += W)
+    for (int64_t j = 0; j < columns; j += W) {
+        const KT* row[W];
+        for (int i = 0; i < W; ++i) row[i] = keys.row(j + i);
         for (int64_t word = 0; word < words; word += W) {
             Vf v[W];
-            for (int i = 0; i < W; ++i)
-                v[i] = keys.key[j + i] ? Math::key_words(keys.key[j + i], word, D) : zero();
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) v[i] = row[i] ? Math::key_words(row[i], word, D) : zero();
             transpose(v);
             const int64_t n = std::min<int64_t>(W, words - word);
             for (int64_t i = 0; i < n; ++i) store(out + (word + i) * kTileKeys + j, v[i]);
         }
+    }
 }
 
 // c[MR][NV * W] (+)= a[MR][steps] b[steps][NV * W], where an element of a is one word.
@@ -283,26 +291,37 @@ void multiply(int64_t rows, int64_t columns, float* c, int64_t ldc, const float*
     }
 }
 
+// What turns one head's scores into probabilities.
+struct HeadScales {
+    alignas(64) float key[kTileKeys], value[kTileKeys];  // int8 only, zero where the rows see nothing
+
+    void load_from(const Cache& c, const TileSlots& slots, int64_t head) {
+        std::fill(key, key + kTileKeys, 0.0f);
+        std::fill(value, value + kTileKeys, 0.0f);
+        for (int64_t j = slots.first; j < slots.count; ++j) {
+            key[j] = c.key_scales[slots.slot[j] * c.Hkv + head];
+            value[j] = c.value_scales[slots.slot[j] * c.Hkv + head];
+        }
+    }
+};
+
 // Scores of one row become probabilities in place; the row's sums so far are brought to the new maximum.
-template <class Math, class KT>
-void softmax_row(const Mathematics& maths, const RowBlock& rows, int64_t r, const TileKeys<KT>& keys, int64_t start,
-                 int64_t columns, float* scores, const State& state) {
-    const int64_t lo = std::max<int64_t>(rows.range[r].begin - start, 0);
-    const int64_t hi = std::min(rows.range[r].end - start, keys.count);
+// lo..hi: the tile's keys that the row sees; distance: of the tile's first key from the row's position.
+template <class Math, bool Quantized>
+void softmax_row(const Mathematics& maths, int64_t lo, int64_t hi, float distance, float slope,
+                 const HeadScales& scales, int64_t columns, float* scores, int64_t r, const State& state) {
     if (hi <= lo) {
         std::fill(scores, scores + columns, 0.0f);
         return;
     }
-    constexpr bool quantized = sizeof(KT) == 1;
     const bool masked = lo > 0 || hi < columns;
-    const float distance = static_cast<float>(start - (rows.range[r].end - 1));
     Vf top = set1(-INFINITY);
     for (int64_t j = 0; j < columns; j += W) {
         Vf x = mul(load(scores + j), set1(maths.scale));
         const Vf lane = add(lane_index(), set1(static_cast<float>(j)));
-        if constexpr (quantized) x = mul(x, load(keys.key_scale + j));
+        if constexpr (Quantized) x = mul(x, load(scales.key + j));
         if (maths.softcap > 0.0f) x = mul(tanh(div(x, set1(maths.softcap))), set1(maths.softcap));
-        if (maths.alibi) x = fma(set1(rows.slope[r]), add(lane, set1(distance)), x);
+        if (maths.alibi) x = fma(set1(slope), add(lane, set1(distance)), x);
         if (masked) {
             const Vf none = set1(-INFINITY);
             x = select(less(lane, set1(static_cast<float>(lo))), none, x);
@@ -317,7 +336,7 @@ void softmax_row(const Mathematics& maths, const RowBlock& rows, int64_t r, cons
     for (int64_t j = 0; j < columns; j += W) {
         Vf p = exp(sub(load(scores + j), set1(m)));
         sum = add(sum, p);
-        if constexpr (quantized) p = mul(p, load(keys.value_scale + j));
+        if constexpr (Quantized) p = mul(p, load(scales.value + j));
         Math::store_probabilities(scores + j / Math::kPerWord, p);
     }
     state.m[r] = m;
@@ -327,20 +346,27 @@ void softmax_row(const Mathematics& maths, const RowBlock& rows, int64_t r, cons
     for (int64_t d = 0; d < state.stride; d += W) store(acc + d, mul(load(acc + d), set1(kept)));
 }
 
-template <class Math, class KT>
-void attend_tile(const Mathematics& maths, const Cache& cache, const RowBlock& rows, const TileKeys<KT>& keys,
-                 const TileKeys<KT>& next, int64_t start, const TileMemory& memory, const State& state) {
-    const int64_t columns = round_up(keys.count, std::max<int64_t>(W, 2)), words = ceil_div(cache.Dk, Math::kPerWord);
-    pack_keys<Math>(memory.keys, keys, columns, cache.Dk);
-    for (int64_t j = 0; j < next.count; ++j) {
-        prefetch_row(next.key[j], cache.Dk);
-        prefetch_row(next.value[j], cache.Dv);
+// One head. `slope(r)` is the row's ALiBi slope.
+template <class Math, class KT, class Slope>
+void attend_tile(const Mathematics& maths, const Cache& cache, const RowBlock& rows, const TileSlots& slots,
+                 int64_t head, int64_t start, const Slope& slope, const TileMemory& memory, const float* query,
+                 const State& state) {
+    const int64_t columns = round_up(slots.count, std::max<int64_t>(W, 2));
+    const int64_t words = ceil_div(cache.Dk, Math::kPerWord);
+    const auto* keys = static_cast<const KT*>(cache.keys) + head * cache.Dk;
+    const auto* values = static_cast<const KT*>(cache.values) + head * cache.Dv;
+    pack_keys<Math>(memory.keys, TileRows<KT>{slots, keys, cache.Hkv * cache.Dk}, columns, cache.Dk);
+    Math::pack_values(memory.values, state.stride, TileRows<KT>{slots, values, cache.Hkv * cache.Dv}, columns, cache.Dv);
+    constexpr bool quantized = sizeof(KT) == 1;
+    HeadScales scales;
+    if constexpr (quantized) scales.load_from(cache, slots, head);
+    multiply<Math, false>(rows.count, columns, memory.scores, kTileKeys, query, words, memory.keys, kTileKeys, words);
+    for (int64_t r = 0; r < rows.count; ++r) {
+        const KeyRange range = rows.range[r];
+        softmax_row<Math, quantized>(maths, std::max<int64_t>(range.begin - start, 0),
+                                     std::min(range.end - start, slots.count), static_cast<float>(start - range.end + 1),
+                                     slope(r), scales, columns, memory.scores + r * kTileKeys, r, state);
     }
-    Math::pack_values(memory.values, state.stride, keys, columns, cache.Dv);
-    multiply<Math, false>(rows.count, columns, memory.scores, kTileKeys, memory.query, words, memory.keys, kTileKeys,
-                          words);
-    for (int64_t r = 0; r < rows.count; ++r)
-        softmax_row<Math, KT>(maths, rows, r, keys, start, columns, memory.scores + r * kTileKeys, state);
     multiply<Math, true>(rows.count, state.stride, state.acc, state.stride, memory.scores, kTileKeys, memory.values,
                          state.stride, columns / Math::kPerWord);
 }
