@@ -27,7 +27,7 @@ FIND_PYTHON := for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.13 py
 	if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 		found="$$candidate"; break; fi; done
 
-.PHONY: help venv serve test check format bench peers docker clean
+.PHONY: help venv serve test check lint types layers format bench peers docker clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,11 +40,17 @@ serve: $(STAMP) ## Serve the bundled model on http://127.0.0.1:8000
 test: $(STAMP) ## Run the tests (CPU, offline)
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: $(STAMP) ## Lint, formatting, types, import layers
+check: lint types layers ## All static checks: lint and formatting, types, import layers
+
+lint: $(STAMP) ## Lint and formatting (ruff)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## Types (mypy, strict)
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+
+layers: $(STAMP) ## Import layers (import-linter)
+	$(BIN)/lint-imports --no-logo
 
 format: $(STAMP) ## Apply the formatter and the linter's safe fixes
 	$(BIN)/ruff check --fix .

@@ -90,7 +90,7 @@ def interleaved(
     """
     results: dict[str, list[T]] = {name: [] for name in arms}
     for repetition in range(-1, repetitions):
-        order = list(arms) if repetition % 2 == 0 else list(reversed(arms))
+        order = list(arms) if repetition % 2 == 0 else list(reversed(list(arms)))
         for name in order:
             advance(name)
             result = arms[name](repetition)

@@ -54,7 +54,8 @@ def teacher_choices(
     ids = torch.zeros(total, CHOICES, dtype=torch.int16, device=stream.device)
     probabilities = torch.zeros(total, CHOICES, dtype=torch.float16, device=stream.device)
     starts = [*range(0, total - length, keep), total - length]
-    starts += [starts[-1]] * (-len(starts) % rows)
+    rows = min(rows, len(starts))
+    starts += [starts[-1]] * (-len(starts) % rows)  # one batch shape: one compilation
     offsets = torch.arange(length, device=stream.device)
     for index in tqdm(range(0, len(starts), rows), desc="teacher", mininterval=5):
         first = torch.tensor(starts[index : index + rows], device=stream.device)

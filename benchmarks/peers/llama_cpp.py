@@ -24,18 +24,20 @@ TOKENS_PER_BATCH = 2048
 ERROR_LEVEL = 4
 
 
-@llama_cpp.llama_log_callback
 def log_errors(level: int, text: bytes, _: Any) -> None:
     """Pass on llama.cpp's errors and drop its chatter."""
     if level == ERROR_LEVEL:
         print(text.decode(), end="", file=sys.stderr)
 
 
+LOG_CALLBACK = llama_cpp.llama_log_callback(log_errors)  # llama.cpp keeps the pointer: never freed
+
+
 class LlamaCppGenerator:
     """A model loaded by llama.cpp, with one context for each number of parallel sequences."""
 
     def __init__(self, path: str, threads: int, tokens_per_sequence: int) -> None:
-        llama_cpp.llama_log_set(log_errors, None)
+        llama_cpp.llama_log_set(LOG_CALLBACK, None)
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
         parameters.n_gpu_layers = 0

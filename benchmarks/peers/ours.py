@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import transformers
 
 from benchmarks.peers.protocol import Generated, serve
 from memory_efficient_gpt.config import EngineConfig
@@ -26,6 +27,7 @@ class OurGenerator:
     """A loaded engine."""
 
     def __init__(self, config: EngineConfig) -> None:
+        transformers.utils.logging.disable_progress_bar()
         self._engine = Engine.load(config, None)
         self._ids = itertools.count()
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.generation import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.peers.protocol import Generated, serve
@@ -42,11 +41,14 @@ class TransformersGenerator:
 
     def __init__(self, folder: str, threads: int) -> None:
         torch.set_num_threads(threads)
+        transformers.utils.logging.disable_progress_bar()
         self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16, attn_implementation="sdpa"
         ).eval()
         # Its own defaults would end a sequence at the model's end-of-sequence token.
-        self._model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
+        self._model.generation_config = transformers.GenerationConfig(
+            do_sample=False, eos_token_id=None, pad_token_id=0
+        )
 
     def facts(self) -> dict[str, Any]:
         """Versions and settings."""

@@ -108,7 +108,8 @@ async def _start_workers(count: int) -> list[float]:
     for _ in range(count):
         news: asyncio.Queue[Message] = asyncio.Queue()
         started = time.perf_counter()
-        worker = await WorkerProcess.start(EngineConfig(model=MODEL, device="cpu"), news.put_nowait)
+        config = EngineConfig(model=MODEL, device="cpu")
+        worker = await WorkerProcess.start(config, news.put_nowait, log_level="WARNING")
         while not isinstance(message := await news.get(), Ready):
             if isinstance(message, Failed):
                 raise RuntimeError(f"the worker can't load: {message.error}")

@@ -174,7 +174,7 @@ def _run_clone(config: PreTrainedConfig, seed: int) -> tuple[PreTrainedModel, Pl
         except NotCausalError:
             raise
         except Exception as error:  # noqa: BLE001  # this clone is impossible: the next one is shrunk less
-            failure = _describe(error)
+            failure = failure or _describe(error)  # the smallest one's tells most
     raise UnsupportedModelError(f"no small clone of {type(config).__name__} could be run: {failure}")
 
 

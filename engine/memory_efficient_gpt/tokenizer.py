@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class Tokenizer:
     """Wraps a transformers tokenizer that has a `tokenizers` backend.
 
-    eos_token_ids: tokens that end a text, sorted. control_token_ids: see the module. vocab_size: one more than
-    the largest id of any token; a model's embedding may be larger.
+    eos_token_ids: tokens that end a text, sorted. control_token_ids: see the module. vocab_size: one more
+    than the largest id of any token; a model's embedding may be larger.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int] = ()) -> None:

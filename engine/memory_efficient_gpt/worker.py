@@ -243,7 +243,7 @@ class Worker:
         started = time.monotonic()
         try:
             events = self._engine.step()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the boundary: _survive logs it and tells those aboard
             return self._survive(error)
         ended = time.monotonic()
         self._times_out_of_memory = 0

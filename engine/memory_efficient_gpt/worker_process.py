@@ -8,10 +8,11 @@ no terminal signals, and dies when the server dies.
     server --(alive pipe)--> fork server --(PDEATHSIG)--> worker
        +------------------------ sock ------------------------+
 
-When the server is gone the alive pipe closes and the fork server exits, which kills the worker at once even
-in the middle of a load. multiprocessing gives every child a copy of the pipe's write end, which would keep
-the fork server alive: it is closed here with all else that was inherited. The end of `sock` says the same
-more slowly, and is all there is outside Linux.
+Two ways, because each has a gap. A thread waits for the end of `sock`: at once, but not while native code
+holds the interpreter's lock, as in a load. When the server is gone the alive pipe closes and the fork server
+exits, which kills the worker whatever it does: but a process with torch loaded takes its time to exit, and
+only Linux has the signal. multiprocessing gives every child a copy of the pipe's write end, which would keep
+the fork server alive: it is closed here with all else that was inherited.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ import json
 import logging
 import os
 import resource
+import select
 import signal
 import socket
 import sys
+import threading
 import time
 from typing import Final
 
@@ -31,12 +34,13 @@ logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
+_TIME_FORMAT: Final = "%Y-%m-%dT%H:%M:%S"
 
 
 def detach_from_server(sock: socket.socket, *, name: str) -> None:
     """Make this process a worker. `name` (its last path part) shows in `ps` and `top`.
 
-    Mutates: signal handlers, session, open descriptors.
+    Mutates: signal handlers, session, open descriptors; starts a thread.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setsid()
@@ -50,6 +54,17 @@ def detach_from_server(sock: socket.socket, *, name: str) -> None:
             )
     else:
         logger.info("No parent-death signal on %s; only the socket ends orphans.", sys.platform)
+    threading.Thread(
+        target=_exit_when_closed, args=(sock.fileno(),), name="orphan watch", daemon=True
+    ).start()
+
+
+def _exit_when_closed(fd: int) -> None:
+    """End the process when the other end of `fd` is closed. There is nothing to save."""
+    hangup = select.poll()
+    hangup.register(fd, 0)  # no event asked for: only a hangup or an error is told
+    hangup.poll()
+    os._exit(0)
 
 
 def _close_descriptors_except(kept: int) -> None:
@@ -63,7 +78,8 @@ def configure_logging(level: str, *, as_json: bool) -> None:
     logging.Formatter.converter = time.gmtime
     logging.basicConfig(
         level=level,
-        format=f"%(asctime)sZ %(levelname)-7s worker {os.getpid()} %(name)s: %(message)s",
+        format=f"%(asctime)s.%(msecs)03dZ %(levelname)-7s worker {os.getpid()} %(name)s: %(message)s",
+        datefmt=_TIME_FORMAT,
         force=True,
     )
     if as_json:
@@ -75,8 +91,7 @@ class _JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-            + f".{int(record.msecs):03d}Z",
+            "time": f"{self.formatTime(record, _TIME_FORMAT)}.{int(record.msecs):03d}Z",
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),

@@ -177,7 +177,9 @@ async def _receive_at_most(request: Request, limit: int) -> bytes:
     if too_large:
         if more:
             await _discard(request, _DISCARD_FACTOR * limit)
-        raise BodyTooLargeError(f"The body is larger than {limit} bytes, the limit of this server. Send less.")
+        raise BodyTooLargeError(
+            f"The body is larger than {limit} bytes, the limit of this server. Send less."
+        )
     return b"".join(chunks)
 
 

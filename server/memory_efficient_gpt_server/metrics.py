@@ -94,7 +94,11 @@ _ENGINE_GAUGES: Final[tuple[tuple[str, str, Callable[[EngineStats], float]], ...
 _ENGINE_COUNTERS: Final[tuple[tuple[str, str, Callable[[EngineStats], float]], ...]] = (
     ("prompt_tokens", "Prompt tokens processed.", lambda s: s.prompt_tokens),
     ("generation_tokens", "Tokens generated.", lambda s: s.generated_tokens),
-    ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", lambda s: s.prefix_queries_tokens),
+    (
+        "prefix_cache_queries",
+        "Prompt tokens looked up in the prefix cache.",
+        lambda s: s.prefix_queries_tokens,
+    ),
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", lambda s: s.prefix_hits_tokens),
     ("num_preemptions", "Sequences preempted by the engine.", lambda s: s.num_preemptions),
     ("engine_steps", "Steps of the engine.", lambda s: s.steps),
@@ -179,7 +183,9 @@ class Metrics(Collector):
 
     def _finished(self) -> Metric:
         family = CounterMetricFamily(
-            "megpt_request_success", "Sequences finished, by reason.", labels=["model_name", "finished_reason"]
+            "megpt_request_success",
+            "Sequences finished, by reason.",
+            labels=["model_name", "finished_reason"],
         )
         for model_id, metrics in self._models.items():
             for reason, count in sorted(metrics.finished.items()):
@@ -187,7 +193,9 @@ class Metrics(Collector):
         return family
 
     def _states(self) -> Metric:
-        family = GaugeMetricFamily("megpt_model_ready", "1 if the model takes requests.", labels=["model_name"])
+        family = GaugeMetricFamily(
+            "megpt_model_ready", "1 if the model takes requests.", labels=["model_name"]
+        )
         for model in self._catalog:
             family.add_metric([model.id], float(model.ready))
         return family

@@ -9,11 +9,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from memory_efficient_gpt.request import MAX_LOGIT_BIAS, SamplingParams
 
@@ -32,14 +42,26 @@ def _problem(message: str, param: str | None = None) -> PydanticCustomError:
     return PydanticCustomError("sentence", "{text}", {"text": message, "param": param})
 
 
-def _refused(reason: str, *allowed: object) -> Any:
-    """The type of a known field that is not supported; null and the `allowed` values mean the default."""
+class Refused:
+    """Annotation of a known field that is not supported; null and the `allowed` values mean the default."""
 
-    def check(value: Any) -> None:
-        if value is not None and not any(type(value) is type(a) and value == a for a in allowed):
-            raise _problem(f"is not supported: {reason}")
+    def __init__(self, reason: str, *allowed: object) -> None:
+        self._reason = reason
+        self._allowed = allowed
 
-    return Annotated[None, PlainValidator(check), WithJsonSchema({"description": f"not supported: {reason}"})]
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Accept what changes nothing."""
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Say so in the API's description."""
+        return {"description": f"Not supported: {self._reason}"}
+
+    def _check(self, value: Any) -> None:
+        if value is not None and not any(type(value) is type(a) and value == a for a in self._allowed):
+            raise _problem(f"is not supported: {self._reason}")
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -96,25 +118,24 @@ def _logit_bias(value: Any) -> Mapping[int, float]:
         if not _TOKEN_ID.fullmatch(token_id):
             raise _problem(f"has the key {_short(token_id)}; keys must be token ids.")
         if type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:  # NaN is not in any range
-            raise _problem(f"has the bias {_short(bias)}; it must be a number from -{MAX_BIAS} to {MAX_BIAS}.")
+            raise _problem(
+                f"has the bias {_short(bias)}; it must be a number from -{MAX_BIAS} to {MAX_BIAS}."
+            )
     return {int(token_id): bias for token_id, bias in value.items()}
 
 
-_STRINGS_SCHEMA: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-_IDS_SCHEMA: Final = {"type": "array", "items": {"type": "integer"}}
-_PROMPT_SCHEMA: Final = {
-    "anyOf": [*_STRINGS_SCHEMA["anyOf"], _IDS_SCHEMA, {"type": "array", "items": _IDS_SCHEMA}],
+_STRINGS: Final = [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
+_STRINGS_SCHEMA: Final[dict[str, Any]] = {"anyOf": _STRINGS}
+_IDS_SCHEMA: Final[dict[str, Any]] = {"type": "array", "items": {"type": "integer"}}
+_PROMPT_SCHEMA: Final[dict[str, Any]] = {
+    "anyOf": [*_STRINGS, _IDS_SCHEMA, {"type": "array", "items": _IDS_SCHEMA}]
 }
-_BIAS_SCHEMA: Final = {"type": "object", "additionalProperties": {"type": "number"}}
+_BIAS_SCHEMA: Final[dict[str, Any]] = {"type": "object", "additionalProperties": {"type": "number"}}
 
 
-def _optional(parse: Any, schema: Mapping[str, Any]) -> Any:
-    """A field of `parse`'s type, or null for absent."""
-
-    def check(value: Any) -> Any:
-        return None if value is None else parse(value)
-
-    return Annotated[Any, PlainValidator(check), WithJsonSchema(dict(schema))]
+def _or_none(parse: Callable[[Any], Any]) -> PlainValidator:
+    """`parse`, or null for absent."""
+    return PlainValidator(lambda value: None if value is None else parse(value))
 
 
 class StrictModel(BaseModel):
@@ -127,7 +148,7 @@ class StreamOptions(StrictModel):
     """Options of a stream."""
 
     include_usage: bool | None = None
-    include_obfuscation: _refused("chunks are not padded.", False) = None
+    include_obfuscation: Annotated[None, Refused("chunks are not padded.", False)] = None
 
 
 class GenerationBody(StrictModel):
@@ -146,11 +167,13 @@ class GenerationBody(StrictModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    stop: _optional(_texts, _STRINGS_SCHEMA) = None
+    stop: Annotated[tuple[str, ...] | None, _or_none(_texts), WithJsonSchema(_STRINGS_SCHEMA)] = None
     stop_token_ids: list[int] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    logit_bias: _optional(_logit_bias, _BIAS_SCHEMA) = None
+    logit_bias: Annotated[Mapping[int, float] | None, _or_none(_logit_bias), WithJsonSchema(_BIAS_SCHEMA)] = (
+        None
+    )
     user: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
     cache_salt: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
     prefix_cache: bool | None = None
@@ -158,7 +181,9 @@ class GenerationBody(StrictModel):
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise _problem("stream_options is only for streams; set stream to true or leave it out.", "stream_options")
+            raise _problem(
+                "stream_options is only for streams; set stream to true or leave it out.", "stream_options"
+            )
         return self
 
     @property
@@ -209,7 +234,7 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
-    suffix: _refused("models here continue text, they don't fill gaps.") = None
+    suffix: Annotated[None, Refused("models here continue text, they don't fill gaps.")] = None
 
     @model_validator(mode="after")
     def _check_best_of(self) -> Self:
@@ -226,12 +251,12 @@ class ChatMessage(StrictModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, PlainValidator(_content), WithJsonSchema({"type": "string"})]
-    name: _refused("chat templates here have no place for names.") = None
-    tool_calls: _refused("tools are not supported.", []) = None
-    tool_call_id: _refused("tools are not supported.") = None
-    function_call: _refused("functions are not supported.") = None
-    refusal: _refused("models here don't produce refusals apart from text.") = None
-    audio: _refused("models here read and write text.") = None
+    name: Annotated[None, Refused("chat templates here have no place for names.")] = None
+    tool_calls: Annotated[None, Refused("tools are not supported.", [])] = None
+    tool_call_id: Annotated[None, Refused("tools are not supported.")] = None
+    function_call: Annotated[None, Refused("functions are not supported.")] = None
+    refusal: Annotated[None, Refused("models here don't produce refusals apart from text.")] = None
+    audio: Annotated[None, Refused("models here read and write text.")] = None
 
 
 class ChatBody(GenerationBody):
@@ -241,26 +266,26 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: _refused("models here don't call tools.", []) = None
-    tool_choice: _refused("models here don't call tools.", "none") = None
-    parallel_tool_calls: _refused("models here don't call tools.") = None
-    functions: _refused("models here don't call functions.", []) = None
-    function_call: _refused("models here don't call functions.", "none") = None
-    response_format: _refused("only {'type': 'text'} is.", {"type": "text"}) = None
-    modalities: _refused("only ['text'] is.", ["text"]) = None
-    audio: _refused("models here read and write text.") = None
-    prediction: _refused("predicted outputs are not implemented.") = None
-    reasoning_effort: _refused("models here have no such setting.") = None
-    verbosity: _refused("models here have no such setting.") = None
-    web_search_options: _refused("there is no web search here.") = None
-    store: _refused("nothing is stored here.", False) = None
-    metadata: _refused("nothing is stored here.", {}) = None
-    service_tier: _refused("there is one tier.", "auto", "default") = None
-    moderation: _refused("there is no moderation here.") = None
-    safety_identifier: _refused("use `user`.") = None
-    prompt_cache_key: _refused("use `cache_salt` to keep caches apart.") = None
-    prompt_cache_options: _refused("use `prefix_cache`.") = None
-    prompt_cache_retention: _refused("the cache keeps what fits.") = None
+    tools: Annotated[None, Refused("models here don't call tools.", [])] = None
+    tool_choice: Annotated[None, Refused("models here don't call tools.", "none")] = None
+    parallel_tool_calls: Annotated[None, Refused("models here don't call tools.")] = None
+    functions: Annotated[None, Refused("models here don't call functions.", [])] = None
+    function_call: Annotated[None, Refused("models here don't call functions.", "none")] = None
+    response_format: Annotated[None, Refused("only {'type': 'text'} is.", {"type": "text"})] = None
+    modalities: Annotated[None, Refused("only ['text'] is.", ["text"])] = None
+    audio: Annotated[None, Refused("models here read and write text.")] = None
+    prediction: Annotated[None, Refused("predicted outputs are not implemented.")] = None
+    reasoning_effort: Annotated[None, Refused("models here have no such setting.")] = None
+    verbosity: Annotated[None, Refused("models here have no such setting.")] = None
+    web_search_options: Annotated[None, Refused("there is no web search here.")] = None
+    store: Annotated[None, Refused("nothing is stored here.", False)] = None
+    metadata: Annotated[None, Refused("nothing is stored here.", {})] = None
+    service_tier: Annotated[None, Refused("there is one tier.", "auto", "default")] = None
+    moderation: Annotated[None, Refused("there is no moderation here.")] = None
+    safety_identifier: Annotated[None, Refused("use `user`.")] = None
+    prompt_cache_key: Annotated[None, Refused("use `cache_salt` to keep caches apart.")] = None
+    prompt_cache_options: Annotated[None, Refused("use `prefix_cache`.")] = None
+    prompt_cache_retention: Annotated[None, Refused("the cache keeps what fits.")] = None
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -284,7 +309,10 @@ class TokenizeBody(StrictModel):
         if (self.prompt is None) == (self.messages is None):
             raise _problem("give either prompt or messages.", "prompt")
         if self.messages is not None and self.add_special_tokens is not None:
-            raise _problem("add_special_tokens is for prompt; the chat template decides for messages.", "add_special_tokens")
+            raise _problem(
+                "add_special_tokens is for prompt; the chat template decides for messages.",
+                "add_special_tokens",
+            )
         return self
 
 
@@ -310,7 +338,9 @@ def _sentence(item: Mapping[str, Any]) -> str:
     if kind == "json_invalid":
         return f"The body is not valid JSON: {message.removeprefix('Invalid JSON: ')}."
     if not path:
-        return message if kind == "sentence" else f"The body must be a JSON object, got {_short(item['input'])}."
+        return (
+            message if kind == "sentence" else f"The body must be a JSON object, got {_short(item['input'])}."
+        )
     if kind == "sentence":
         return f"{path} {message}"
     if kind == "missing":

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from memory_efficient_gpt.config import Dtype, EngineConfig, KVCacheDtype
@@ -37,15 +45,23 @@ class ModelSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     id: str = Field("", description="name in the API; empty takes the last part of `model`")
-    model: str = Field(min_length=1, description="bundled model's name, checkpoint folder, or hub id (org/name)")
+    model: str = Field(
+        min_length=1, description="bundled model's name, checkpoint folder, or hub id (org/name)"
+    )
     revision: str | None = Field(None, description="commit, tag or branch of a hub id")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Dtype = Field("auto", description="of the weights")
     kv_cache_dtype: KVCacheDtype = Field("auto", description="of the KV cache")
     max_model_len: int | None = Field(None, ge=2, description="positions of a request; null: the model's own")
-    kv_cache_bytes: int | None = Field(None, ge=1, description="size of the KV cache in bytes; null: automatic")
-    num_kv_blocks: int | None = Field(None, ge=2, description="size of the KV cache in blocks instead of bytes")
-    block_size: int | None = Field(None, ge=1, description="tokens of a KV block; null: 16 on CPU, 64 on CUDA")
+    kv_cache_bytes: int | None = Field(
+        None, ge=1, description="size of the KV cache in bytes; null: automatic"
+    )
+    num_kv_blocks: int | None = Field(
+        None, ge=2, description="size of the KV cache in blocks instead of bytes"
+    )
+    block_size: int | None = Field(
+        None, ge=1, description="tokens of a KV block; null: 16 on CPU, 64 on CUDA"
+    )
     max_num_seqs: int = Field(64, ge=1, description="sequences computed together")
     max_batched_tokens: int = Field(2048, ge=1, description="tokens of one engine step")
     prefix_cache: bool = Field(True, description="whether prompts that begin alike share their KV blocks")
@@ -69,7 +85,8 @@ class ModelSettings(BaseModel):
     def _check(self) -> Self:
         if not MODEL_ID.fullmatch(self.id):
             raise ValueError(
-                f"id {self.id!r} must have 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+                f"id {self.id!r} must have 1 to 64 letters, digits, '.', '_' or '-' and begin with one of the "
+                "first two"
             )
         try:
             self.engine_config()
@@ -106,10 +123,14 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on; others than loopback need an API key")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
     api_keys: _Keys = Field((), description="keys that may use the API, plain or as sha256:<hex>; none: open")
-    admin_key: SecretStr | None = Field(None, description="key that may do everything, plain or as sha256:<hex>")
+    admin_key: SecretStr | None = Field(
+        None, description="key that may do everything, plain or as sha256:<hex>"
+    )
     metrics_public: bool = Field(False, description="whether /metrics answers without a key")
     models: _Models = Field((), description="models to serve: names or mappings (see below)")
-    models_dir: Path | None = Field(None, description="folder; each folder in it with a config.json is served")
+    models_dir: Path | None = Field(
+        None, description="folder; each folder in it with a config.json is served"
+    )
     max_body_bytes: int = Field(2_000_000, ge=1_000, description="largest request body, in bytes")
     body_timeout_s: float = Field(30.0, gt=0, description="time for a request body to arrive, in seconds")
     max_sequences: int = Field(256, ge=1, description="sequences (prompts x n) under way at once; more: 503")
@@ -125,11 +146,18 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(30.0, ge=0, description="time for running requests at shutdown, in seconds")
     tokenizer_threads: int = Field(1, ge=1, le=64, description="threads that tokenize long texts")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level logged")
-    log_format: Literal["auto", "json", "human"] = Field("auto", description="auto: human on a terminal, else json")
+    log_format: Literal["auto", "json", "human"] = Field(
+        "auto", description="auto: human on a terminal, else json"
+    )
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only given values: `load_settings` reads the other sources, to know which value came from where."""
         return (init_settings,)
@@ -189,7 +217,10 @@ class LoadedSettings:
         """Every setting in order of declaration; keys are not shown."""
         return [
             SettingOrigin(
-                name, _shown(getattr(self.settings, name)), self.sources.get(name, "default"), str(f.description)
+                name,
+                _shown(getattr(self.settings, name)),
+                self.sources.get(name, "default"),
+                str(f.description),
             )
             for name, f in Settings.model_fields.items()
         ]
@@ -207,13 +238,13 @@ def load_settings(
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     problems: list[str] = []
-    for given, describe in (
-        (_read_yaml(config_file, problems), lambda name: f"{config_file}"),
-        (_read_environ(environ, problems), lambda name: f"{ENV_PREFIX}{name.upper()}"),
-        (dict(command_line), lambda name: "command line"),
+    for given, source in (
+        (_read_yaml(config_file, problems), str(config_file)),
+        (_read_environ(environ, problems), ""),
+        (dict(command_line), "command line"),
     ):
         values |= given
-        sources |= {name: describe(name) for name in given}
+        sources |= {name: source or ENV_PREFIX + name.upper() for name in given}
     settings = _validated(values, sources, problems)
     if settings is None or problems:
         raise ConfigError(problems)
@@ -288,8 +319,8 @@ def _key_problems(settings: Settings) -> list[str]:
                 problems.append(f"{name} must be sha256: and 64 lower-case hex digits.")
         elif not text.isascii() or not text.isprintable() or " " in text or len(text) < LEAST_KEY_CHARACTERS:
             problems.append(
-                f"{name} must have at least {LEAST_KEY_CHARACTERS} printable ASCII characters without spaces, "
-                f"has {len(text)}. Make one with `openssl rand -hex 32`."
+                f"{name} has {len(text)} characters; it must have at least {LEAST_KEY_CHARACTERS}, all printable "
+                "ASCII and none a space. Make one with `openssl rand -hex 32`."
             )
     digests = [key_digest(key.get_secret_value()) for _, key in named]
     if len(set(digests)) < len(digests):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeVar
 
 from memory_efficient_gpt.engine_info import EngineInfo
@@ -17,7 +18,7 @@ from memory_efficient_gpt.errors import ContextLengthError, InvalidRequestError
 from memory_efficient_gpt.output import TextAssembler
 from memory_efficient_gpt.request import FinishReason, SequenceEvent, TokenLogprob
 from memory_efficient_gpt.tokenizer import Tokenizer
-from memory_efficient_gpt_server.schemas import ChatMessage, PromptInput
+from memory_efficient_gpt_server.schemas import ChatMessage
 
 _Result = TypeVar("_Result")
 
@@ -27,7 +28,15 @@ INLINE_CHARACTERS: Final = 2_000
 CHARACTERS_PER_TOKEN: Final = 3
 """Rather too few, so that an estimate is rather too large."""
 
-Prompt = PromptInput | tuple[ChatMessage, ...]
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A prompt that the model's chat template turns into text."""
+
+    messages: Sequence[ChatMessage]
+
+
+Prompt = str | tuple[int, ...] | Conversation
 
 
 class TextPool:
@@ -49,25 +58,27 @@ class TextPool:
 
 def size_of(prompt: Prompt) -> int:
     """Characters of text, or tokens."""
-    if isinstance(prompt, tuple) and prompt and isinstance(prompt[0], ChatMessage):
-        return sum(len(message.content) for message in prompt if isinstance(message, ChatMessage))
+    if isinstance(prompt, Conversation):
+        return sum(len(message.content) for message in prompt.messages)
     return len(prompt)
 
 
 def estimated_tokens(prompt: Prompt) -> int:
     """About how many tokens it has, without tokenizing."""
-    ids = isinstance(prompt, tuple) and not (prompt and isinstance(prompt[0], ChatMessage))
-    return len(prompt) if ids else size_of(prompt) // CHARACTERS_PER_TOKEN + 1
+    return len(prompt) if isinstance(prompt, tuple) else size_of(prompt) // CHARACTERS_PER_TOKEN + 1
 
 
 def encode(tokenizer: Tokenizer, prompt: Prompt, *, special_tokens: bool = True) -> tuple[int, ...]:
-    """Token ids of a prompt. Raises InvalidRequestError if the chat template refuses the messages."""
+    """Token ids of a prompt. Raises InvalidRequestError if the chat template refuses the messages.
+
+    special_tokens: whether text gets the frame that the tokenizer puts around one.
+    """
     if isinstance(prompt, str):
         return tuple(tokenizer.encode(prompt, add_special_tokens=special_tokens))
-    if prompt and isinstance(prompt[0], ChatMessage):
-        messages = [{"role": m.role, "content": m.content} for m in prompt if isinstance(m, ChatMessage)]
+    if isinstance(prompt, Conversation):
+        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
         return tuple(tokenizer.apply_chat_template(messages))
-    return tuple(token_id for token_id in prompt if isinstance(token_id, int))
+    return prompt
 
 
 def check_prompt(token_ids: Sequence[int], info: EngineInfo, max_tokens: int | None, field: str) -> None:
@@ -77,7 +88,8 @@ def check_prompt(token_ids: Sequence[int], info: EngineInfo, max_tokens: int | N
     for token_id in (min(token_ids), max(token_ids)):
         if not 0 <= token_id < info.vocab_size:
             raise InvalidRequestError(
-                f"{field} has the token id {token_id:.0f}; ids go from 0 to {info.vocab_size - 1}.", param=field
+                f"{field} has the token id {token_id:.0f}; ids go from 0 to {info.vocab_size - 1}.",
+                param=field,
             )
     wanted = 1 if max_tokens is None else max_tokens
     if len(token_ids) + wanted > info.max_model_len:
@@ -143,7 +155,9 @@ class SequenceText:
         if event.logprobs is not None:
             self.pending_scores += [
                 ScoredToken(entry.token_id, entry, self._offset + offset)
-                for entry, offset in zip(event.logprobs, delta.offsets, strict=False)  # not those behind a stop
+                for entry, offset in zip(
+                    event.logprobs, delta.offsets, strict=False
+                )  # not those behind a stop
             ]
         if delta.stop_string is not None:
             self.finish_reason = FinishReason.STOP

@@ -188,7 +188,7 @@ async def _start_in_thread(process: ForkServerProcess, theirs: socket.socket) ->
         error: BaseException | None = None
         try:
             process.start()
-        except BaseException as caught:  # handed to whoever awaits
+        except BaseException as caught:  # noqa: BLE001 - handed to whoever awaits
             error = caught
         finally:
             theirs.close()

@@ -24,7 +24,7 @@ INFO = EngineInfo(
 
 @dataclass
 class ScriptedEngine:
-    """Implements `ModelEngine`. `before_token` runs before each token, with the request and the count so far."""
+    """Implements `ModelEngine`. before_token: runs before each token, with the request and the count so far."""
 
     answer: list[int]
     step_s: float = 0.0
@@ -65,7 +65,9 @@ class ScriptedEngine:
         self.requests.append(request)
         stream = EventStream(request.id, request.params.n, abandon=self.abort)
         self._running[request.id] = (stream, asyncio.create_task(self._run(request, stream)))
-        self.most_running = max(self.most_running, sum(s.params.n for s in self.requests[-self.num_running :]))
+        self.most_running = max(
+            self.most_running, sum(s.params.n for s in self.requests[-self.num_running :])
+        )
         return stream
 
     def abort(self, request_id: str, index: int | None = None) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from memory_efficient_gpt.errors import InvalidRequestError, OverloadedError
 from memory_efficient_gpt_server.admission import Admission, AdmissionLimits, Reservation, TokenRate
-from memory_efficient_gpt_server.errors import QuotaExceededError, ServerFullError, retry_after_s
+from memory_efficient_gpt_server.errors import ServerFullError, retry_after_s
 from tests.server.conftest import LiveServer, Serve
 from tests.server.scripted_model import ScriptedEngine
 from tests.server.test_bad_requests import assert_error
@@ -53,9 +53,8 @@ def test_random_operations_keep_the_books() -> None:
 
 def test_a_request_larger_than_the_token_limit_runs_alone() -> None:
     admission = Admission(AdmissionLimits(10, 100))
-    with admission.reserve("", 1, 5000):
-        with pytest.raises(ServerFullError):
-            admission.reserve("", 1, 1)
+    with admission.reserve("", 1, 5000), pytest.raises(ServerFullError):
+        admission.reserve("", 1, 1)
     with admission.reserve("", 1, 1), pytest.raises(ServerFullError):
         admission.reserve("", 1, 5000)
 
@@ -139,7 +138,7 @@ def test_a_greedy_key_gets_429_while_others_are_served(serve: Serve, answer_ids:
     engine = ScriptedEngine(answer_ids, step_s=0.3)
     with serve(engine, api_keys=KEYS, max_sequences_per_key=3) as live:
 
-        async def both() -> list[list[int]]:
+        async def both() -> tuple[list[int], list[int]]:
             return await asyncio.gather(_burst(live, 6, KEYS[0]), _burst(live, 2, KEYS[1]))
 
         greedy, modest = asyncio.run(both())

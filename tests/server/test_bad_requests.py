@@ -17,8 +17,8 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
-def assert_error(response: httpx.Response, status: int, *, code: str | None = None, param: str | None = "?") -> str:
-    """The one shape of all errors. Returns the message."""
+def assert_error(response: Any, status: int, *, code: str | None = None, param: str | None = "?") -> str:
+    """The one shape of all errors, in a response of any HTTP client. Returns the message."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     assert response.headers["x-request-id"]
@@ -153,7 +153,9 @@ BAD_CHAT_FIELDS: list[tuple[dict[str, Any], str]] = [
 def test_completions_name_the_bad_field(http: httpx.Client, fields: dict[str, Any], param: str) -> None:
     body = {"model": "demo", "prompt": "a", **fields}
     response = http.post(COMPLETIONS, json=body)
-    message = assert_error(response, 404 if isinstance(body["model"], str) and "demo" != body["model"] else 400)
+    message = assert_error(
+        response, 404 if isinstance(body["model"], str) and body["model"] != "demo" else 400
+    )
     assert response.json()["error"]["param"] == param
     assert param.split("[", maxsplit=1)[0].split(".")[-1] in message or param == "model"
 
@@ -162,7 +164,9 @@ def test_completions_name_the_bad_field(http: httpx.Client, fields: dict[str, An
 def test_chat_names_the_bad_field(http: httpx.Client, fields: dict[str, Any], param: str) -> None:
     body = {"model": "demo", "messages": MESSAGES, **fields}
     response = http.post(CHAT, json=body)
-    assert_error(response, 404 if isinstance(body["model"], str) and body["model"] != "demo" else 400, param=param)
+    assert_error(
+        response, 404 if isinstance(body["model"], str) and body["model"] != "demo" else 400, param=param
+    )
 
 
 def test_fields_at_their_openai_defaults_are_accepted(http: httpx.Client) -> None:
@@ -185,7 +189,8 @@ def test_limits_and_values_are_named(http: httpx.Client) -> None:
 
 
 RAW_BODIES = [
-    b"", b" ", b"null", b"[]", b"7", b'"text"', b"{", b"}", b"{}", b"\x00", b"\xff\xfe{\x00}\x00", b"\xef\xbb\xbf{}",
+    b"", b" ", b"null", b"[]", b"7", b'"text"', b"{", b"}", b"{}", b"\x00", b"\xff\xfe{\x00}\x00",
+    b"\xef\xbb\xbf{}",
     b'{"model":"demo","prompt":"a","temperature":NaN}',
     b'{"model":"demo","prompt":"a","temperature":Infinity}',
     b'{"model":"demo","prompt":"a","temperature":-Infinity}',
@@ -290,7 +295,9 @@ def test_tokenizing_checks_its_body(http: httpx.Client) -> None:
     assert_error(http.post("/v1/tokenize", json=both), 400, param="prompt")
     assert_error(http.post("/v1/tokenize", json={"model": "demo"}), 400, param="prompt")
     assert_error(http.post("/v1/detokenize", json={"model": "demo", "tokens": [4096]}), 400, param="tokens")
-    assert_error(http.post("/v1/detokenize", json={"model": "no", "tokens": [1]}), 404, code="model_not_found")
+    assert_error(
+        http.post("/v1/detokenize", json={"model": "no", "tokens": [1]}), 404, code="model_not_found"
+    )
 
 
 _JSON = st.recursive(
@@ -299,9 +306,39 @@ _JSON = st.recursive(
     max_leaves=8,
 )
 _FIELDS = st.sampled_from(
-    "model prompt messages stream stream_options n max_tokens max_completion_tokens temperature top_p top_k min_p "
-    "repetition_penalty presence_penalty frequency_penalty seed stop stop_token_ids min_tokens ignore_eos "
-    "logit_bias user cache_salt prefix_cache echo logprobs top_logprobs best_of suffix tools store".split()
+    [
+        "model",
+        "prompt",
+        "messages",
+        "stream",
+        "stream_options",
+        "n",
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "min_tokens",
+        "ignore_eos",
+        "logit_bias",
+        "user",
+        "cache_salt",
+        "prefix_cache",
+        "echo",
+        "logprobs",
+        "top_logprobs",
+        "best_of",
+        "suffix",
+        "tools",
+        "store",
+    ]
 )
 
 

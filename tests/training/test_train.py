@@ -69,7 +69,7 @@ def test_loss_falls_on_a_tiny_model(streams: Streams) -> None:
 
 
 def test_plan_trains_a_student_after_its_teacher(folder: Path, streams: Streams, tmp_path: Path) -> None:
-    recipe = {"steps": 20, "phases": [{"length": 32, "rows": 8}], "teacher_weight": 0.5, "chat_share": 0.125}
+    recipe = {"steps": 8, "phases": [{"length": 32, "rows": 8}], "teacher_weight": 0.5, "chat_share": 0.125}
     base = {"model": SMALL, "recipe": recipe}
     runs = [
         parse_run({**base, "name": "teacher"}),

@@ -68,9 +68,7 @@ class AttentionBackend(Protocol):
 
     name: str
 
-    def write(
-        self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, context: StepContext
-    ) -> None:
+    def write(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, context: StepContext) -> None:
         """Store key `[T, Hkv, Dk]` and value `[T, Hkv, Dv]` at `context.slots`, quantizing for int8."""
 
     def attend(

@@ -50,7 +50,7 @@ _WIDTHS: Final = {
     "hidden_size_per_layer_input": 32,
 }
 _WIDTH_SUFFIX: Final = "intermediate_size"
-_WINDOW_NAME: Final = re.compile(r"window(_size)?$")
+_WINDOW_NAME: Final = re.compile(r"^((sliding|attention|local)_)*window(_size)?$")
 _PERIOD_NAME: Final = re.compile(r"(period|pattern|interval|freq|sparse_step|every_n_layers|offset)$")
 _INDEX_NAME: Final = re.compile(r"(layers|idxs|indices)$")
 _HIDDEN_SIZE_COPIES: Final = ("word_embed_proj_dim", "embedding_size")
@@ -63,7 +63,7 @@ def small_clones(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
         try:
             for step in steps:
                 step(clone)
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, TypeError, ValueError, RuntimeError):
             continue  # the config has no such sizes, or refuses this combination of them
         yield clone
     yield _copy(config)
@@ -80,14 +80,24 @@ def _shrink_depth(config: Any) -> None:
     kept = _kept_layers(config)
     depth = config.num_hidden_layers
     shared = getattr(config, "num_kv_shared_layers", 0) or 0
+    overrides = _layer_overrides(config)
     for name, value in list(vars(config).items()):
         if _is_index_list(name, value, depth):
             setattr(config, name, [at for at, index in enumerate(kept) if index in value])
         elif _is_layer_list(value, depth):
             setattr(config, name, type(value)(value[index] for index in kept))
     config.num_hidden_layers = len(kept)
+    if overrides:
+        config.per_layer_config = {at: overrides.get(index, {}) for at, index in enumerate(kept)}
     if shared:
         config.num_kv_shared_layers = sum(index >= depth - shared for index in kept)
+
+
+def _layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
+    """What single layers have otherwise than the config says, where transformers supports that."""
+    if not getattr(config, "is_heterogeneous", False):
+        return {}
+    return {int(index): settings for index, settings in config.to_dict()["per_layer_config"].items()}
 
 
 def _is_layer_list(value: object, depth: int) -> bool:
@@ -127,7 +137,8 @@ def _covering(kinds: list[Hashable], start: int, end: int, fewest: int) -> list[
 
 def _layer_kinds(config: Any) -> list[Hashable]:
     depth = config.num_hidden_layers
-    kinds: list[list[object]] = [[] for _ in range(depth)]
+    overrides = _layer_overrides(config)
+    kinds: list[list[object]] = [[overrides.get(index)] for index in range(depth)]
     for name, value in vars(config).items():
         if _is_index_list(name, value, depth):
             for index, kind in enumerate(kinds):
@@ -180,27 +191,34 @@ def _shrink_widths(config: Any) -> None:
 
 def _shrink_heads(config: Any) -> None:
     """Few heads of the same size, as many kv heads as keep the kind: own, grouped or one for all."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    hidden = config.hidden_size
-    if heads % kv_heads or hidden % heads:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if getattr(config, "is_heterogeneous", False):  # heads may be given layer by layer: leave them
+        config.hidden_size = min(hidden, _FREE_HIDDEN_SIZE)
         return
-    grouped = kv_heads < heads
-    config.num_attention_heads = min(heads, 4 if grouped and kv_heads > 1 else 2)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    own_size = _head_size_is_independent(config)
+    if heads % kv_heads:
+        return
+    config.num_attention_heads = min(heads, 4 if 1 < kv_heads < heads else 2)
     if hasattr(config, "num_key_value_heads"):
         config.num_key_value_heads = min(kv_heads, 2 if kv_heads > 1 else 1)
-    head_dim = getattr(config, "head_dim", None)
-    independent = isinstance(head_dim, int) and head_dim * heads != hidden
-    new_hidden = _FREE_HIDDEN_SIZE if independent else config.num_attention_heads * (hidden // heads)
-    config.hidden_size = min(hidden, new_hidden)
+    smaller = _FREE_HIDDEN_SIZE if own_size else config.num_attention_heads * (hidden // heads)
+    config.hidden_size = min(hidden, smaller)
     for name in _HIDDEN_SIZE_COPIES:
         if getattr(config, name, None) == hidden:
             setattr(config, name, config.hidden_size)
 
 
+def _head_size_is_independent(config: Any) -> bool:
+    """Whether heads keep their size when the hidden size changes."""
+    head_dim = getattr(config, "head_dim", None)
+    stated = isinstance(head_dim, int) and head_dim * config.num_attention_heads != config.hidden_size
+    return stated or getattr(config, "kv_lora_rank", None) is not None
+
+
 def _limit(config: Any, limits: dict[str, int]) -> None:
     for name, most in limits.items():
-        value = getattr(config, name, None)
+        value = vars(config).get(name)  # of this very name: transformers maps some to others
         if isinstance(value, int) and not isinstance(value, bool) and value > most:
             setattr(config, name, most)
 

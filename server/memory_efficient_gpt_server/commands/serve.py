@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
         start_fork_server()  # its imports take seconds: they go on while this process does its own
 
-        from memory_efficient_gpt_server.load_display import late_stderr
+        from memory_efficient_gpt_server.commands.load_display import late_stderr
         from memory_efficient_gpt_server.logs import configure_logging
 
         configure_logging(settings.log_level, settings.log_format, late_stderr())
@@ -143,9 +143,9 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
     import asyncio
 
     from memory_efficient_gpt_server.app import create_app, lifecycle_of
+    from memory_efficient_gpt_server.commands.load_display import show_loading
     from memory_efficient_gpt_server.graceful import GracefulServer
     from memory_efficient_gpt_server.hosting import build_catalog
-    from memory_efficient_gpt_server.load_display import show_loading
     from memory_efficient_gpt_server.workers import WorkerModel
 
     json_logs = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())

@@ -28,7 +28,7 @@ from memory_efficient_gpt_server.routes.dialect import FinishedChoice, Template,
 from memory_efficient_gpt_server.routes.generation import GenerationResponse, Job
 from memory_efficient_gpt_server.schemas import ChatBody
 from memory_efficient_gpt_server.sse import event, json_text
-from memory_efficient_gpt_server.text import ScoredToken
+from memory_efficient_gpt_server.text import Conversation, ScoredToken
 
 router = APIRouter(dependencies=[Depends(require_key)])
 
@@ -51,7 +51,7 @@ async def create_chat_completion(
     params.validate(info.vocab_size)
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
     dialect = ChatDialect(completion_id, model, body.include_usage)
-    job = Job(completion_id, model, (tuple(body.messages),), params, body, dialect, "messages")
+    job = Job(completion_id, model, (Conversation(body.messages),), params, body, dialect, "messages")
     return GenerationResponse(server, client, job, record_of(request))
 
 

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from starlette.responses import Response
@@ -159,7 +160,7 @@ class GenerationResponse(Response):
         prompts = []
         for number, prompt in enumerate(job.prompts):
             token_ids = await self._server.text_pool.run(
-                size_of(prompt), lambda prompt=prompt: encode(job.model.tokenizer, prompt)
+                size_of(prompt), partial(encode, job.model.tokenizer, prompt)
             )
             field = f"{job.field}[{number}]" if len(job.prompts) > 1 else job.field
             check_prompt(token_ids, info, job.params.max_tokens, field)

@@ -7,9 +7,10 @@ Invariant: tokenizing takes a place at admission as generating does, since it ta
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic_core import to_json
 
 from memory_efficient_gpt.errors import InvalidRequestError
 from memory_efficient_gpt_server.deps import (
@@ -21,7 +22,7 @@ from memory_efficient_gpt_server.deps import (
     require_key,
 )
 from memory_efficient_gpt_server.schemas import DetokenizeBody, TokenizeBody
-from memory_efficient_gpt_server.text import Prompt, encode, estimated_tokens, size_of
+from memory_efficient_gpt_server.text import Conversation, encode, estimated_tokens, size_of
 
 router = APIRouter(dependencies=[Depends(require_key)])
 
@@ -32,19 +33,20 @@ async def tokenize(
     server: CurrentServer,
     client: CurrentClient,
     body: Annotated[TokenizeBody, Depends(json_body(TokenizeBody))],
-) -> dict[str, Any]:
+) -> Response:
     """Token ids of a text, or of a conversation through the chat template."""
     model = server.catalog.get(body.model)
     info = model.require_ready()
     record_of(request).model = model.id
-    prompt: Prompt = body.prompt if body.prompt is not None else tuple(body.messages or ())
+    prompt = Conversation(body.messages or []) if body.prompt is None else body.prompt
     async with server.lifecycle.running(request.receive, server.settings.request_timeout_s):
         with server.admission.reserve(client.id, 1, estimated_tokens(prompt)):
             token_ids = await server.text_pool.run(
                 size_of(prompt),
                 lambda: encode(model.tokenizer, prompt, special_tokens=body.add_special_tokens is not False),
             )
-    return {"count": len(token_ids), "max_model_len": info.max_model_len, "tokens": list(token_ids)}
+    answer = {"count": len(token_ids), "max_model_len": info.max_model_len, "tokens": token_ids}
+    return Response(to_json(answer), media_type="application/json")
 
 
 @router.post("/v1/detokenize", openapi_extra=body_schema(DetokenizeBody))

@@ -137,8 +137,8 @@ void compute_split(const Problem& p, const Item& item, int64_t split, const Stat
     for (int64_t start = begin; start < end; start += kTileKeys) {
         const TileSlots next = locate(start + kTileKeys);
         for (int64_t h = 0; h < heads; ++h) {
-            next.prefetch(keys, c.Hkv * c.Dk * size, c.Dk * size, heads, h, heads);
-            next.prefetch(values, c.Hkv * c.Dv * size, c.Dv * size, heads, h, heads);
+            next.touch(keys, c.Hkv * c.Dk * size, c.Dk * size, heads, h, heads);
+            next.touch(values, c.Hkv * c.Dv * size, c.Dv * size, heads, h, heads);
             const auto slope = [&](int64_t r) { return p.slopes ? p.slopes[query_head(p, item, h, r)] : 0.0f; };
             attend_tile<Math, KT>(p.maths, c, rows, slots, item.head + h, start, slope, memory,
                                   memory.query + h * item.rows * words, states.of(h));

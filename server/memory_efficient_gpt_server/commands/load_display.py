@@ -44,8 +44,7 @@ async def show_loading(models: Sequence[WorkerModel], url: str, *, key_needed: b
     print(f"serving on {url}", flush=True)
     if sys.stderr.isatty():
         await _bars(models)
-    while _loading(models):
-        await asyncio.sleep(REFRESH_S)
+    await asyncio.gather(*(model.wait_ready() for model in models), return_exceptions=True)
     ready = [model for model in models if model.ready]
     for model in models:
         print(_state_line(model), flush=True)
@@ -60,15 +59,11 @@ async def _bars(models: Sequence[WorkerModel]) -> None:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks = [(model, bars.add_task(model.name, total=1.0)) for model in models]
-        while _loading(models):
+        while any(model.state == "loading" for model in models):
             for model, task in tasks:
                 text = f"{model.name}: {model.progress.phase}"
                 bars.update(task, description=text, completed=model.progress.fraction)
             await asyncio.sleep(REFRESH_S)
-
-
-def _loading(models: Sequence[WorkerModel]) -> bool:
-    return any(model.state == "loading" for model in models)
 
 
 def _state_line(model: WorkerModel) -> str:

@@ -1,0 +1,167 @@
+"""Settings: where values come from, and every mistake at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from memory_efficient_gpt.config import EngineConfig
+from memory_efficient_gpt.errors import ConfigError
+from memory_efficient_gpt_server.settings import ModelSettings, Settings, load_settings
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+KEY = "k" * 32
+
+
+def problems_of(command_line: dict[str, Any], environ: dict[str, str], file: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(command_line, environ, file)
+    return "\n".join(caught.value.problems)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "server.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_command_line_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
+    file = write(tmp_path, "port: 1\nmax_sequences: 2\ndrain_seconds: 3\n")
+    loaded = load_settings({"port": 30}, {"MEGPT_PORT": "20", "MEGPT_MAX_SEQUENCES": "21"}, file)
+    told = {origin.name: (origin.value, origin.source) for origin in loaded.explain()}
+    assert told["port"] == ("30", "command line")
+    assert told["max_sequences"] == ("21", "MEGPT_MAX_SEQUENCES")
+    assert told["drain_seconds"] == ("3.0", str(file))
+    assert told["host"] == ("127.0.0.1", "default")
+    assert set(told) == set(Settings.model_fields) and all(o.description for o in loaded.explain())
+
+
+def test_the_environment_names_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, "port: 7\n")
+    assert load_settings({}, {"MEGPT_CONFIG": str(file), "PATH": "x"}).settings.port == 7
+
+
+def test_every_problem_of_every_source_is_told_at_once(tmp_path: Path) -> None:
+    file = write(tmp_path, "max_sequences: 0\nnonsense: 1\nmodels: [{model: a/b, num_threads: 0, huh: 1}]\n")
+    told = problems_of({"port": 70000}, {"MEGPT_KEEPALIVE_S": "soon", "MEGPT_TYPO": "1"}, file)
+    for part in (
+        "max_sequences", "nonsense", "models.0.num_threads", "models.0.huh", "port (command line)", "70000",
+        "keepalive_s (MEGPT_KEEPALIVE_S)", "MEGPT_TYPO", str(file),
+    ):  # fmt: skip
+        assert part in told, part
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just text", "a: [", "\x00", "!!python/object:os.system {}"])
+def test_a_file_that_is_no_mapping_is_a_problem(tmp_path: Path, text: str) -> None:
+    assert str(tmp_path) in problems_of({}, {}, write(tmp_path, text))
+
+
+def test_a_missing_file_is_a_problem(tmp_path: Path) -> None:
+    assert "can't be read" in problems_of({}, {}, tmp_path / "none.yaml")
+
+
+def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
+    assert load_settings({}, {}, write(tmp_path, "# nothing\n")).settings == Settings()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_others_are_served_only_with_a_key(host: str) -> None:
+    assert "API key" in problems_of({"host": host}, {})
+    assert load_settings({"host": host}, {"MEGPT_API_KEYS": KEY}).settings.host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_this_machine_is_served_without_a_key(host: str) -> None:
+    assert not load_settings({"host": host}, {}).settings.has_keys
+
+
+def test_keys_come_as_a_list_and_are_never_shown() -> None:
+    other = "sha256:" + "0" * 64
+    loaded = load_settings({}, {"MEGPT_API_KEYS": f" {KEY}, {other},", "MEGPT_ADMIN_KEY": "a" * 32})
+    assert [key.get_secret_value() for key in loaded.settings.api_keys] == [KEY, other]
+    assert KEY not in repr(loaded) + repr(loaded.explain())
+
+
+@pytest.mark.parametrize("key", ["short", "has space in the middle", "ümläüt-ümläüt-ümläü", "sha256:123", ""])
+def test_weak_keys_are_problems_and_not_repeated(key: str) -> None:
+    told = problems_of({"api_keys": [key]}, {})
+    assert "api_keys[0]" in told and (not key or key not in told)
+
+
+def test_one_key_for_two_roles_is_a_problem() -> None:
+    assert "differ" in problems_of({"api_keys": [KEY], "admin_key": KEY}, {})
+
+
+def test_the_demo_is_served_by_default() -> None:
+    assert [model.id for model in Settings().served_models()] == ["demo"]
+
+
+def test_models_by_name_mapping_and_folder(tmp_path: Path) -> None:
+    for name in ("beta", "alpha", "not-a-model"):
+        (tmp_path / name).mkdir()
+    for name in ("beta", "alpha"):
+        (tmp_path / name / "config.json").write_text("{}")
+    models = ["demo", {"id": "big", "model": "org/name", "max_num_seqs": 4}, {"model": "org/other"}]
+    settings = load_settings({"models": models, "models_dir": tmp_path}, {}).settings
+    served = settings.served_models()
+    assert [model.id for model in served] == ["demo", "big", "other", "alpha", "beta"]
+    assert served[1].engine_config() == EngineConfig(model="org/name", max_num_seqs=4)
+    assert Path(served[3].model) == tmp_path / "alpha"
+
+
+def test_models_from_the_environment() -> None:
+    assert [m.id for m in load_settings({}, {"MEGPT_MODELS": "demo, org/x"}).settings.models] == ["demo", "x"]
+    text = '[{"id": "a", "model": "demo", "dtype": "float32"}]'
+    assert load_settings({}, {"MEGPT_MODELS": text}).settings.models[0].dtype == "float32"
+
+
+def test_wrong_models_are_problems(tmp_path: Path) -> None:
+    assert "2 models have the id 'demo'" in problems_of({"models": ["demo", "demo"]}, {})
+    assert "not a folder" in problems_of({"models_dir": tmp_path / "none"}, {})
+    assert "id" in problems_of({"models": [{"id": "../x", "model": "demo"}]}, {})
+    assert "both size" in problems_of(
+        {"models": [{"model": "a", "kv_cache_bytes": 1, "num_kv_blocks": 2}]}, {}
+    )
+    assert "models" in problems_of({}, {"MEGPT_MODELS": "[{"})
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "config.json").write_text("{}")
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "link").symlink_to(real)
+    assert "link" in problems_of({"models_dir": folder}, {})
+
+
+def test_model_settings_follow_the_engines_config() -> None:
+    engine = {f.name: f.default for f in dataclasses.fields(EngineConfig)}
+    mine = {name: field.default for name, field in ModelSettings.model_fields.items()}
+    assert set(mine) == {"id", *engine}
+    assert {n: d for n, d in mine.items() if n not in ("id", "model")} == {
+        n: d for n, d in engine.items() if n != "model"
+    }
+    assert all(field.description for field in ModelSettings.model_fields.values())
+
+
+def test_default_yaml_is_complete_and_equal_to_the_defaults() -> None:
+    text = (CONFIGS / "default.yaml").read_text()
+    values = yaml.safe_load(text)
+    assert list(values) == list(Settings.model_fields)
+    shown = values.pop("models")
+    assert load_settings(values, {}).settings == Settings()
+    (example,) = shown
+    assert ModelSettings(**example) == ModelSettings(model="demo") and set(example) == set(
+        ModelSettings.model_fields
+    )
+    for fields in (Settings.model_fields, ModelSettings.model_fields):
+        for name, field in fields.items():
+            assert str(field.description) in text, f"default.yaml does not describe {name} as the settings do"
+
+
+def test_team_yaml_is_valid() -> None:
+    loaded = load_settings({}, {"MEGPT_API_KEYS": KEY}, CONFIGS / "team.yaml")
+    assert len(loaded.settings.served_models()) >= 2 and not loaded.settings.loopback
+    assert "API key" in problems_of({}, {}, CONFIGS / "team.yaml")
