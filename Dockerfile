@@ -1,5 +1,5 @@
 # The server in a container: non-root, with the compiler that builds the CPU kernels for the machine it
-# lands on (they are compiled for that CPU on first use, in about a minute, and kept in the cache volume).
+# lands on (compiled for that CPU on first use, in seconds, and kept in the cache volume).
 #
 #   docker build --tag memory-efficient-gpt .
 #       torch comes from pip's default index: on x86 that build runs on CUDA devices and on CPUs.

@@ -98,11 +98,10 @@ def linear_cases(kernels: Kernels, seconds: float) -> Iterator[Result]:
                     lambda i, x=x, w=weights: functional.linear(x, w[i % len(w)]),
                     seconds,
                 )
+                bandwidth, speed = weight_bytes / native / 1e3, 2e-3 * m * n * k / native
+                rate = (bandwidth, "GB/s") if m <= 16 else (speed, "GFLOP/s")
                 case = f"{short(dtype)} M={m} N={n} K={k}"
-                if m <= 16:
-                    yield Result("linear", case, native, torch_time, ratio, weight_bytes / native / 1e3, "GB/s")
-                else:
-                    yield Result("linear", case, native, torch_time, ratio, 2e-3 * m * n * k / native, "GFLOP/s")
+                yield Result("linear", case, native, torch_time, ratio, *rate)
 
 
 def attention_cases(kernels: Kernels, seconds: float) -> Iterator[Result]:
@@ -197,7 +196,8 @@ def row_cases(kernels: Kernels, seconds: float) -> Iterator[Result]:
         }
         for name, (native, by_torch) in pairs.items():
             native_us, torch_us, ratio = compare(native, by_torch, seconds)
-            yield Result("rows", f"{name}, {rows} rows", native_us, torch_us, ratio, rows / native_us, "rows/us")
+            case = f"{name}, {rows} rows"
+            yield Result("rows", case, native_us, torch_us, ratio, rows / native_us, "rows/us")
 
 
 def torch_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -234,7 +234,7 @@ def compare(
 
 
 def short(dtype: torch.dtype) -> str:
-    """"bf16", "fp32" or "int8"."""
+    """One of bf16, fp32 and int8."""
     return {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "int8"}[dtype]
 
 

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
@@ -26,6 +26,7 @@ class Generated:
 
     token_ids: the new tokens of each prompt. seconds: until the last token of all.
     first_token_s: until each prompt's first token; empty where the engine does not tell.
+    cpu_s: what all threads of the engine's process used, in CPU seconds.
     counters: what else the engine counts, in total since it was loaded.
     """
 
@@ -33,6 +34,7 @@ class Generated:
     seconds: float
     first_token_s: list[float]
     counters: dict[str, Any] = field(default_factory=dict)
+    cpu_s: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -61,18 +63,23 @@ def serve(load: Callable[[], Generator]) -> None:
     print(json.dumps({"load_s": time.perf_counter() - started, **generator.facts()}), file=answers)
     for line in sys.stdin:
         command = json.loads(line)
+        cpu_before_s = time.process_time()
         generated = generator.generate(command["mode"], command["prompts"], command["new_tokens"])
-        print(json.dumps(asdict(generated)), file=answers)
+        cpu_s = time.process_time() - cpu_before_s
+        print(json.dumps({**asdict(generated), "cpu_s": cpu_s}), file=answers)
 
 
 @dataclass(slots=True)
 class Peer:
-    """The benchmark's side of one engine's process. Use as a context manager."""
+    """The benchmark's side of one engine's process. Use as a context manager.
+
+    environment: what to change in ours for the engine; None removes a variable.
+    """
 
     name: str
     module: str
     arguments: Sequence[str]
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str | None] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     _process: subprocess.Popen[str] | None = None
 
@@ -83,7 +90,7 @@ class Peer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **self.environment},
+            env={k: v for k, v in {**os.environ, **self.environment}.items() if v is not None},
         )
         self.facts = self._read()
         return self

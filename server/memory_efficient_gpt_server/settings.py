@@ -85,8 +85,7 @@ class ModelSettings(BaseModel):
     def _check(self) -> Self:
         if not MODEL_ID.fullmatch(self.id):
             raise ValueError(
-                f"id {self.id!r} must have 1 to 64 letters, digits, '.', '_' or '-' and begin with one of the "
-                "first two"
+                f"id {self.id!r} must be a letter or digit and up to 63 more of letters, digits, '.', '_', '-'"
             )
         try:
             self.engine_config()
@@ -319,8 +318,8 @@ def _key_problems(settings: Settings) -> list[str]:
                 problems.append(f"{name} must be sha256: and 64 lower-case hex digits.")
         elif not text.isascii() or not text.isprintable() or " " in text or len(text) < LEAST_KEY_CHARACTERS:
             problems.append(
-                f"{name} has {len(text)} characters; it must have at least {LEAST_KEY_CHARACTERS}, all printable "
-                "ASCII and none a space. Make one with `openssl rand -hex 32`."
+                f"{name} has {len(text)} characters; it must have at least {LEAST_KEY_CHARACTERS}, "
+                "all printable ASCII and none a space. Make one with `openssl rand -hex 32`."
             )
     digests = [key_digest(key.get_secret_value()) for _, key in named]
     if len(set(digests)) < len(digests):

@@ -229,7 +229,7 @@ def test_seeded_draws_follow_the_distribution(params: SamplingParams) -> None:
 
 def test_tokens_of_equal_weight_stay_together() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, 0.0])
-    for params in (SamplingParams(top_k=2), SamplingParams(top_p=0.55), SamplingParams(top_k=3, top_p=0.6)):
+    for params in (SamplingParams(top_k=2), SamplingParams(top_p=0.55), SamplingParams(top_k=2, top_p=0.55)):
         drawn = {token for _, token in grid_draws(logits, SampleRow(params, 0, 0), 500)}
         assert drawn == {1, 2, 3, 4}
 
@@ -248,6 +248,14 @@ def test_extreme_uniforms_draw_the_first_and_the_last_possible_token() -> None:
     ends = torch.tensor([[0.0], [1.0 - 2.0**-53]], dtype=torch.float64)
     batch.draw = replace(batch.draw, uniform=ends)
     assert sample(logits, batch).token_ids.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("size", [8191, 8192, 16384, 20001, 300_000])
+def test_largest_uniform_stays_within_any_vocabulary(size: int) -> None:
+    batch = SamplingBatch([SampleRow(SamplingParams(), 0, 0)], CPU)
+    assert batch.draw is not None
+    batch.draw = replace(batch.draw, uniform=torch.tensor([[1.0 - 2.0**-53]], dtype=torch.float64))
+    assert sample(torch.zeros(1, size), batch).token_ids.tolist() == [size - 1]
 
 
 def test_lowest_temperature_with_huge_logits_stays_finite() -> None:
@@ -307,6 +315,17 @@ def test_pending_token_counts_exactly_as_a_known_one(
         [SampleRow(params, 0, 0, (1, 2, 3), outputs[:-1])], CPU, torch.tensor([outputs[-1]])
     )
     assert torch.equal(adjust(logits, known), adjust(logits, unread))
+
+
+@pytest.mark.parametrize("outputs", [[], [0, 0, 5]])
+def test_no_pending_token_changes_nothing(outputs: list[int]) -> None:
+    from memory_efficient_gpt.sampling.adjust import adjust
+
+    logits = logits_of(1, 40)
+    params = SamplingParams(repetition_penalty=1.7, presence_penalty=0.3, frequency_penalty=0.2)
+    rows = [SampleRow(params, 0, 0, (3,), outputs)]
+    with_none = adjust(logits, SamplingBatch(rows, CPU, torch.tensor([-1])))
+    assert torch.equal(with_none, adjust(logits, SamplingBatch(rows, CPU)))
 
 
 def test_suppressed_tokens_are_never_chosen() -> None:

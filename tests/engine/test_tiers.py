@@ -16,6 +16,9 @@ from memory_efficient_gpt.kv_cache import geometry
 from memory_efficient_gpt.tiers import decide_tier
 from tests.engine.architectures.configs import CASES, WINDOW, Case
 
+# transformers 5.17 compiles a helper of gpt_bigcode with torch.jit at import.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
 
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
 def test_architecture_gets_its_tier(case: Case) -> None:

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
 from memory_efficient_gpt.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
 from memory_efficient_gpt.loading import bundled_models
+from memory_efficient_gpt.token_bytes import TokenBytes
 from memory_efficient_gpt.tokenizer import Tokenizer, read_eos_token_ids
 from tests.engine.small_tokenizers import CONTROL, FAMILIES, tokenizer, transformers_tokenizer
 
@@ -201,6 +204,16 @@ def test_token_bytes_of_every_token_are_its_text(family: str) -> None:
         alone = ours.decode([token_id], skip_special_tokens=False)
         assert ours.bytes.first(token_id).decode(errors="replace") == alone
         assert ours.token_text(token_id).strip() == alone.strip()
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_spaces_of_a_first_token_are_dropped_as_its_decoder_does(scheme: Any) -> None:
+    backend = Backend(models.WordLevel({"▁▁a": 0, "▁": 1, "b▁c": 2}, unk_token="▁"))
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    read = TokenBytes(backend)
+    for ids in ([0, 0], [1, 1, 2], [2, 0]):
+        text = read.first(ids[0]) + b"".join(read.of(i) for i in ids[1:])
+        assert text.decode() == backend.decode(ids)
 
 
 def test_bundled_model_loads_with_all_its_end_tokens() -> None:

@@ -24,7 +24,7 @@ INFO = EngineInfo(
 
 @dataclass
 class ScriptedEngine:
-    """Implements `ModelEngine`. before_token: runs before each token, with the request and the count so far."""
+    """Implements `ModelEngine`. before_token: runs before each token, with the request and their count."""
 
     answer: list[int]
     step_s: float = 0.0

@@ -345,7 +345,8 @@ from memory_efficient_gpt_server.workers import WorkerModel
 from tests.engine.scripted_engine import COUNT, load_scripted, request
 
 async def main():
-    busy, loading = (WorkerModel(EngineConfig(model=name), load=load_scripted) for name in ("busy", "endless"))
+    busy = WorkerModel(EngineConfig(model="busy"), load=load_scripted)
+    loading = WorkerModel(EngineConfig(model="endless"), load=load_scripted)
     busy.start()
     loading.start()
     await busy.wait_ready()
@@ -364,7 +365,8 @@ def test_workers_never_outlive_a_killed_server_be_they_busy_or_loading(tmp_path:
     script = tmp_path / "server.py"
     script.write_text(SERVER_SCRIPT)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=env) as server:
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as server:
         assert server.stdout is not None
         pids = [int(word) for word in server.stdout.readline().split()]
         assert len(pids) == 2 and all(map(alive, pids))

@@ -40,9 +40,7 @@ class NativeCPUBackend:
         kernels = load_kernels()
         return kernels if isinstance(kernels, Unavailable) else cls(kernels)
 
-    def write(
-        self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, context: StepContext
-    ) -> None:
+    def write(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, context: StepContext) -> None:
         """Store key `[T, Hkv, Dk]` and value `[T, Hkv, Dv]` at `context.slots`, quantizing for int8."""
         self._kernels.write_kv(
             key, value, cache.key, cache.value, cache.key_scale, cache.value_scale, context.slots

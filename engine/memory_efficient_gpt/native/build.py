@@ -48,8 +48,7 @@ _FLAGS: Final = (
     # Sums must round the same way in every instantiation of a template: fused only where written so.
     "-ffp-contract=off",
     "-fvisibility=hidden",
-    "-Wno-psabi",
-    "-w",
+    "-w",  # what is read of the compiler's words is the reason of a failure
 )
 _ISA_FLAGS: Final[dict[Isa | None, tuple[str, ...]]] = {
     None: ("-march=native",),
@@ -243,9 +242,7 @@ def _run_all(commands: Sequence[Sequence[str]]) -> Unavailable | None:
     return failure
 
 
-def _open(
-    path: Path, openmp_flags: tuple[str, ...], runtime: str | None
-) -> NativeLibrary | Unavailable:
+def _open(path: Path, openmp_flags: tuple[str, ...], runtime: str | None) -> NativeLibrary | Unavailable:
     try:
         cdll = ctypes.CDLL(str(path))
         cdll.megpt_isa.restype = ctypes.c_char_p
@@ -259,7 +256,8 @@ def _open(
 def _fingerprint(sources: Sequence[Path], words: Sequence[str]) -> str:
     """Hash of sources, their headers and the words, 20 hexadecimal digits."""
     digest = hashlib.sha256()
-    headers = {header for folder in {*(s.parent for s in sources), SOURCE_DIR} for header in folder.glob("*.h")}
+    folders = {SOURCE_DIR, *(source.parent for source in sources)}
+    headers = {header for folder in folders for header in folder.glob("*.h")}
     for path in [*sources, *sorted(headers)]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     for word in words:
@@ -269,9 +267,7 @@ def _fingerprint(sources: Sequence[Path], words: Sequence[str]) -> str:
 
 @functools.cache
 def _compiler_version(compiler: tuple[str, ...]) -> str:
-    result = subprocess.run(
-        [*compiler, "--version"], capture_output=True, text=True, check=False, timeout=60
-    )
+    result = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False, timeout=60)
     return result.stdout
 
 

@@ -13,17 +13,27 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from ctypes import c_float, c_int64, c_void_p
-from typing import Final, Literal
+from typing import Any, Final, Literal, cast
 
 import torch
 
 from memory_efficient_gpt.native.build import Isa, NativeLibrary, Unavailable, load_library
+from memory_efficient_gpt.native.checks import (
+    DTYPE_CODES,
+    check_cache,
+    check_step,
+    describe,
+    float_code,
+    last_contiguous,
+    per_head,
+    rows,
+)
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 NormStyle = Literal["round_then_scale", "one_plus_weight", "scale_then_round"]
 
-_DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _ACTIVATIONS: Final[dict[Activation, int]] = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 _NORM_STYLES: Final[dict[NormStyle, int]] = {
     "round_then_scale": 0,
@@ -89,33 +99,35 @@ class Kernels:
         self._write = _declare(cdll.megpt_write_kv, *[c_void_p] * 8)
         self._attention = _declare(cdll.megpt_attention, *[c_void_p] * 12, c_float, c_float)
 
-    def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def __deepcopy__(self, memo: dict[int, object]) -> Kernels:
+        """Itself: a copied model shares the library."""
+        return self
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x `[..., K]` times weight `[N, K]` transposed, plus bias `[N]`: `[..., N]`. Sums are float32.
 
         Raises ValueError for other shapes, dtypes that differ, or a weight that is not contiguous.
         """
-        rows, lead = _rows(x)
+        flat, lead = rows(x)
         n, k = weight.shape
-        if rows.shape[1] != k or weight.dtype is not x.dtype or not weight.is_contiguous():
+        if flat.shape[1] != k or weight.dtype is not x.dtype or not weight.is_contiguous():
             raise ValueError(
                 f"linear needs x [..., {k}] and a contiguous weight [N, {k}] of one dtype; "
-                f"got {_describe(x)} and {_describe(weight)}"
+                f"got {describe(x)} and {describe(weight)}"
             )
         if bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or bias.stride(0) != 1):
-            raise ValueError(f"linear needs a contiguous bias [{n}] of {x.dtype}, got {_describe(bias)}")
+            raise ValueError(f"linear needs a contiguous bias [{n}] of {x.dtype}, got {describe(bias)}")
         out = torch.empty((*lead, n), dtype=x.dtype)
         self._linear(
             out.data_ptr(),
-            rows.data_ptr(),
+            flat.data_ptr(),
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
-            rows.shape[0],
+            flat.shape[0],
             n,
             k,
-            rows.stride(0),
-            _float_code(x),
+            flat.stride(0),
+            float_code(x),
             _num_threads(),
         )
         return out
@@ -131,33 +143,33 @@ class Kernels:
 
         `style` says where a bfloat16 result is rounded. Raises ValueError for other shapes or dtypes.
         """
-        rows, lead = _rows(x)
-        d = rows.shape[1]
+        flat, lead = rows(x)
+        d = flat.shape[1]
         if weight is not None and (
             weight.dtype is not x.dtype or weight.shape != (d,) or weight.stride(0) != 1
         ):
-            raise ValueError(f"rms_norm needs a contiguous weight [{d}] of {x.dtype}, got {_describe(weight)}")
+            raise ValueError(f"rms_norm needs a contiguous weight [{d}] of {x.dtype}, got {describe(weight)}")
         out = torch.empty((*lead, d), dtype=x.dtype)
         self._rms_norm(
             out.data_ptr(),
-            rows.data_ptr(),
+            flat.data_ptr(),
             None if weight is None else weight.data_ptr(),
-            rows.shape[0],
+            flat.shape[0],
             d,
-            rows.stride(0),
+            flat.stride(0),
             eps,
             _NORM_STYLES[style],
-            _float_code(x),
+            float_code(x),
             _num_threads(),
         )
         return out
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
         """activation(gate) * up for `[..., D]`, rounded to the dtype in between as torch would."""
-        gate_rows, lead = _rows(gate)
-        up_rows, _ = _rows(up)
+        gate_rows, lead = rows(gate)
+        up_rows, _ = rows(up)
         if gate.shape != up.shape or gate.dtype is not up.dtype:
-            raise ValueError(f"gated needs two tensors alike, got {_describe(gate)} and {_describe(up)}")
+            raise ValueError(f"gated needs two tensors alike, got {describe(gate)} and {describe(up)}")
         r, d = gate_rows.shape
         out = torch.empty((*lead, d), dtype=gate.dtype)
         self._gated(
@@ -169,13 +181,17 @@ class Kernels:
             gate_rows.stride(0),
             up_rows.stride(0),
             _ACTIVATIONS[activation],
-            _float_code(gate),
+            float_code(gate),
             _num_threads(),
         )
         return out
 
     def apply_rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Turn x `[T, H, D]` in place by cos and sin `[T, P]`, P <= D even: pairs are halves of the first P."""
+        """Turn x `[T, H, D]` in place by cos and sin `[T, P]`, P <= D and even.
+
+        Element i of the first half of P turns with element i of the second, as `rotate_half` does in
+        transformers; products and sums are rounded to the dtype one by one, as there.
+        """
         t, h, d = x.shape
         p = cos.shape[-1]
         same = cos.shape == sin.shape == (t, p) and cos.dtype is x.dtype and sin.dtype is x.dtype
@@ -183,7 +199,7 @@ class Kernels:
         if not same or not whole or p > d or p % 2:
             raise ValueError(
                 f"apply_rope needs x [T, H, D] and contiguous cos and sin [T, P], P <= D even, of one dtype; "
-                f"got {_describe(x)}, {_describe(cos)} and {_describe(sin)}"
+                f"got {describe(x)}, {describe(cos)} and {describe(sin)}"
             )
         self._rope(
             x.data_ptr(),
@@ -194,38 +210,38 @@ class Kernels:
             p,
             x.stride(0),
             x.stride(1),
-            _float_code(x),
+            float_code(x),
             _num_threads(),
         )
 
     def argmax(self, x: torch.Tensor) -> torch.Tensor:
         """Where each row of x `[R, D]` is largest, `[R] int64`; as torch.argmax for ties (first) and NaN."""
-        rows, lead = _rows(x)
-        if rows.shape[1] == 0:
-            raise ValueError(f"argmax needs at least one column, got {_describe(x)}")
+        flat, lead = rows(x)
+        if flat.shape[1] == 0:
+            raise ValueError(f"argmax needs at least one column, got {describe(x)}")
         out = torch.empty(lead, dtype=torch.int64)
         self._argmax(
             out.data_ptr(),
-            rows.data_ptr(),
-            rows.shape[0],
-            rows.shape[1],
-            rows.stride(0),
-            _float_code(x),
+            flat.data_ptr(),
+            flat.shape[0],
+            flat.shape[1],
+            flat.stride(0),
+            float_code(x),
             _num_threads(),
         )
         return out
 
     def log_softmax(self, x: torch.Tensor) -> torch.Tensor:
         """Log softmax over the last dimension of x `[..., D]`, in float32."""
-        rows, lead = _rows(x)
-        out = torch.empty((*lead, rows.shape[1]), dtype=torch.float32)
+        flat, lead = rows(x)
+        out = torch.empty((*lead, flat.shape[1]), dtype=torch.float32)
         self._log_softmax(
             out.data_ptr(),
-            rows.data_ptr(),
-            rows.shape[0],
-            rows.shape[1],
-            rows.stride(0),
-            _float_code(x),
+            flat.data_ptr(),
+            flat.shape[0],
+            flat.shape[1],
+            flat.stride(0),
+            float_code(x),
             _num_threads(),
         )
         return out
@@ -247,20 +263,20 @@ class Kernels:
         """
         t, h, dk = key.shape
         dv = value.shape[2]
-        _check_cache(key_cache, value_cache, key_scale, value_scale)
+        check_cache(key_cache, value_cache, key_scale, value_scale)
         if value.shape[:2] != (t, h) or key_cache.shape[2:] != (h, dk) or value_cache.shape[2:] != (h, dv):
             raise ValueError(
-                f"write_kv: {_describe(key)} and {_describe(value)} do not fit caches "
-                f"{_describe(key_cache)} and {_describe(value_cache)}"
+                f"write_kv: {describe(key)} and {describe(value)} do not fit caches "
+                f"{describe(key_cache)} and {describe(value_cache)}"
             )
         if slots.dtype is not torch.int64 or slots.shape != (t,) or not slots.is_contiguous():
-            raise ValueError(f"write_kv needs contiguous slots [{t}] of int64, got {_describe(slots)}")
+            raise ValueError(f"write_kv needs contiguous slots [{t}] of int64, got {describe(slots)}")
         if value.dtype is not key.dtype:
-            raise ValueError(f"write_kv needs one dtype, got {_describe(key)} and {_describe(value)}")
-        key, value = _last_contiguous(key), _last_contiguous(value)
+            raise ValueError(f"write_kv needs one dtype, got {describe(key)} and {describe(value)}")
+        key, value = last_contiguous(key), last_contiguous(value)
         sizes = _WriteSizes(
             *(t, h, dk, dv, key.stride(0), key.stride(1), value.stride(0), value.stride(1)),
-            *(_float_code(key), _DTYPES[key_cache.dtype], _num_threads()),
+            *(float_code(key), DTYPE_CODES[key_cache.dtype], _num_threads()),
         )
         self._write(
             key_cache.data_ptr(),
@@ -299,17 +315,17 @@ class Kernels:
         """
         t, hq, dk = query.shape
         _, bs, hkv, dv = value_cache.shape
-        _check_cache(key_cache, value_cache, key_scale, value_scale)
+        check_cache(key_cache, value_cache, key_scale, value_scale)
         if key_cache.shape[2:] != (hkv, dk) or hq % hkv:
-            raise ValueError(f"query {_describe(query)} does not fit caches {_describe(key_cache)}")
-        _check_step(block_tables, query_starts, context_lens)
-        query = _last_contiguous(query)
-        sinks = _per_head("sinks", sinks, hq)
-        slopes = _per_head("alibi_slopes", alibi_slopes, hq)
+            raise ValueError(f"query {describe(query)} does not fit caches {describe(key_cache)}")
+        check_step(block_tables, query_starts, context_lens)
+        query = last_contiguous(query)
+        sinks = per_head("sinks", sinks, hq)
+        slopes = per_head("alibi_slopes", alibi_slopes, hq)
         out = torch.empty((t, hq, dv), dtype=query.dtype)
         sizes = _AttentionSizes(
             *(t, block_tables.shape[0], hq, hkv, dk, dv, bs, block_tables.stride(0)),
-            *(query.stride(0), query.stride(1), _float_code(query), _DTYPES[key_cache.dtype]),
+            *(query.stride(0), query.stride(1), float_code(query), DTYPE_CODES[key_cache.dtype]),
             *(window or 0, _num_threads()),
         )
         self._attention(
@@ -331,73 +347,7 @@ class Kernels:
         return out
 
 
-def _declare(function: ctypes._CFuncPtr, *argtypes: type) -> ctypes._CFuncPtr:
+def _declare(function: Any, *argtypes: type) -> Callable[..., None]:
     function.argtypes = list(argtypes)
     function.restype = None
-    return function
-
-
-def _rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Size]:
-    """x `[..., D]` as `[R, D]` with adjacent elements (a view where that is possible), and `...`."""
-    shape = x.shape
-    rows = x if x.dim() == 2 else x.reshape(-1, shape[-1])
-    return (rows if rows.stride(1) == 1 else rows.contiguous()), shape[:-1]
-
-
-def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _float_code(x: torch.Tensor) -> int:
-    """Number of a float dtype in the C interface. Raises ValueError."""
-    dtype = x.dtype
-    if dtype is torch.bfloat16:
-        return 1
-    if dtype is torch.float32:
-        return 0
-    raise ValueError(f"native kernels compute in float32 or bfloat16, got {_describe(x)}")
-
-
-def _per_head(name: str, values: torch.Tensor | None, heads: int) -> torch.Tensor | None:
-    if values is None:
-        return None
-    if values.shape != (heads,):
-        raise ValueError(f"{name} must be [{heads}], got {_describe(values)}")
-    return values.detach().to(torch.float32).contiguous()
-
-
-def _check_cache(
-    key: torch.Tensor, value: torch.Tensor, key_scale: torch.Tensor | None, value_scale: torch.Tensor | None
-) -> None:
-    if key.dtype not in _DTYPES or key.dtype is not value.dtype or key.shape[:3] != value.shape[:3]:
-        raise ValueError(
-            f"caches must be two [N, BS, Hkv, D] of float32, bfloat16 or int8; "
-            f"got {_describe(key)} and {_describe(value)}"
-        )
-    if not key.is_contiguous() or not value.is_contiguous():
-        raise ValueError("caches must be contiguous")
-    if key.dtype is torch.int8:
-        for scales in (key_scale, value_scale):
-            if (
-                scales is None
-                or scales.dtype is not torch.float32
-                or scales.shape != key.shape[:3]
-                or not scales.is_contiguous()
-            ):
-                raise ValueError(f"an int8 cache needs contiguous float32 scales {list(key.shape[:3])}")
-
-
-def _check_step(block_tables: torch.Tensor, query_starts: torch.Tensor, context_lens: torch.Tensor) -> None:
-    s = block_tables.shape[0]
-    for name, tensor, shape in (
-        ("query_starts", query_starts, (s + 1,)),
-        ("context_lens", context_lens, (s,)),
-    ):
-        if tensor.dtype is not torch.int32 or tensor.shape != shape or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous int32 {list(shape)}, got {_describe(tensor)}")
-    if block_tables.dtype is not torch.int32 or (block_tables.shape[1] > 1 and block_tables.stride(1) != 1):
-        raise ValueError(f"block_tables must be int32 with adjacent columns, got {_describe(block_tables)}")
-
-
-def _describe(x: torch.Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+    return cast(Callable[..., None], function)

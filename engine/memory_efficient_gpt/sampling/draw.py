@@ -41,7 +41,7 @@ def draw_tokens(logits: torch.Tensor, top: torch.Tensor, draw: Draw) -> torch.Te
         weights = keep_at_least(weights, threshold)
     cumulative = _integers(weights).cumsum_(-1)
     total = cumulative[:, -1:]
-    target = (draw.uniform * total).long().minimum(total - 1)  # the product may round up to the total
+    target = (draw.uniform * total).long()  # below the total: uniform is at most 1 - 2**-53
     return torch.searchsorted(cumulative, target, right=True)
 
 

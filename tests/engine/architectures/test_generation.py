@@ -25,6 +25,9 @@ LENGTHS = (1, 4, 9, 14, 19, 22, 27, 33)
 SHARED_PREFIX = 13
 """The longer prompts begin with the same tokens, three full blocks of four and one more."""
 
+# transformers 5.17 compiles a helper of gpt_bigcode with torch.jit at import.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
 
 def make_prompts() -> list[list[int]]:
     draw = random.Random(5)

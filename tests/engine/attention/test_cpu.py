@@ -36,9 +36,9 @@ DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "bf16 on int8": (torch.bfloat16, torch.int8),
 }
-# The oracle sees the stored numbers, so only arithmetic differs. float32: a few units in the last place of sums
-# of up to 1,500 terms. bfloat16: probabilities are rounded once (2^-9 of each term, so at most 2^-9 * max|v| of
-# the sum, |v| < 5) and the output once (2^-9 of itself).
+# The oracle sees the stored numbers, so only arithmetic differs. float32: a few units in the last place of
+# sums of up to 1,500 terms. bfloat16: probabilities are rounded once (2^-9 of each term, so at most
+# 2^-9 * max|v| of the sum, |v| < 5) and the output once (2^-9 of itself).
 TOLERANCES = {torch.float32: (4e-6, 4e-6), torch.bfloat16: (2**-9, 5 * 2**-9)}
 
 
@@ -148,7 +148,9 @@ class Sequence:
 class Batch:
     """Sequences over one cache, given out block after block."""
 
-    def __init__(self, backend: NativeCPUBackend, dtype: torch.dtype, block_size: int, num_blocks: int) -> None:
+    def __init__(
+        self, backend: NativeCPUBackend, dtype: torch.dtype, block_size: int, num_blocks: int
+    ) -> None:
         pages = (num_blocks, block_size, 2)
         quantized = dtype == torch.int8
         scales = [torch.zeros(pages) if quantized else None for _ in range(2)]

@@ -14,6 +14,9 @@ from memory_efficient_gpt.errors import UnsupportedModelError
 from memory_efficient_gpt.kv_cache.geometry import LayerKV, call_window, probe_geometry, token_bytes
 from tests.engine.architectures.configs import CASES, WINDOW
 
+# transformers 5.17 compiles a helper of gpt_bigcode with torch.jit at import.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
 
 def config_8b(**settings: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(

@@ -224,7 +224,8 @@ private:
 template <class E>
 void linear(Problem<E> p, int64_t threads) {
     static thread_local Scratch scratch;
-    p.chunks = ceil_div(p.K, Chunk<E>::size);
+    if (p.M == 0 || p.N == 0) return;
+    p.chunks = std::max<int64_t>(ceil_div(p.K, Chunk<E>::size), 1);  // K = 0: one chunk of zeros
     p.panels = ceil_div(p.M, kMaxRows);
     p.packed = static_cast<E*>(scratch.reserve(static_cast<size_t>(p.M * p.chunks * Chunk<E>::size) * sizeof(E)));
     const double work = static_cast<double>(p.M) * static_cast<double>(p.N) * static_cast<double>(p.K);

@@ -1,0 +1,131 @@
+"""Layers of a model that compute with the native kernels, as classes to mix into the layer's own class.
+
+Purpose: the `forward` of linear layers, norms, gated MLPs and routed experts.
+Does not know: which modules of a model may take them (fusion decides).
+Invariant: parameters stay where they are; with gradients enabled, on another device or in another dtype, a
+layer computes with its own class's `forward`.
+
+Letters: T tokens, D hidden size, K inputs, N outputs, E experts, I inner size, k experts of a token.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Final, cast
+
+import torch
+from torch import nn
+
+from memory_efficient_gpt.native.ops import Kernels
+
+DTYPES: Final = (torch.float32, torch.bfloat16)
+
+
+class NativeLayer(nn.Module):
+    """Base of the classes below; the attributes are set on a module by `become`."""
+
+    native_kernels: Kernels
+    native_settings: dict[str, Any]
+
+    def can_compute(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Whether the kernels may take these: same float dtype, on the CPU, no gradient to record."""
+        return x.dtype is weight.dtype and x.is_cpu and x.dtype in DTYPES and not torch.is_grad_enabled()
+
+
+class NativeLinear(NativeLayer):
+    """As nn.Linear."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x `[..., K]` to `[..., N]`."""
+        if self.can_compute(x, self.weight):
+            return self.native_kernels.linear(x, self.weight, self.bias)
+        return cast(torch.Tensor, super().forward(x))
+
+
+class NativeConv1D(NativeLayer):
+    """As a linear layer with weight `[K, N]`, kept in memory as its transpose."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x `[..., K]` to `[..., N]`."""
+        if self.can_compute(x, self.weight) and self.weight.stride(0) == 1:
+            return self.native_kernels.linear(x, self.weight.t(), self.bias)
+        return cast(torch.Tensor, super().forward(x))
+
+
+class NativeRMSNorm(NativeLayer):
+    """As any RMS norm over the last dimension with one weight."""
+
+    weight: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x `[..., D]` to `[..., D]`."""
+        if self.can_compute(x, self.weight):
+            return self.native_kernels.rms_norm(x, self.weight, **self.native_settings)
+        return cast(torch.Tensor, super().forward(x))
+
+
+class NativeGatedMLP(NativeLayer):
+    """down(activation(gate(x)) * up(x)), gate and up being two layers or the halves of one."""
+
+    down_proj: nn.Module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x `[..., D]` to `[..., D]`."""
+        if x.dtype not in DTYPES or not x.is_cpu or torch.is_grad_enabled():
+            return cast(torch.Tensor, super().forward(x))
+        modules = self._modules
+        if (merged := modules.get("gate_up_proj")) is not None:
+            gate, up = merged(x).chunk(2, dim=-1)
+        else:
+            gate, up = modules["gate_proj"](x), modules["up_proj"](x)  # type: ignore[misc]  # never None
+        inner = self.native_kernels.gated(gate, up, **self.native_settings)
+        return cast(torch.Tensor, self.down_proj(inner))
+
+
+class NativeExperts(NativeLayer):
+    """Routed gated MLPs, weights stacked: gate_up_proj `[E, 2 I, D]`, down_proj `[E, D, I]`."""
+
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """x `[T, D]`, index and weights `[T, k]` to `[T, D]`; a token's experts are summed in float32."""
+        if not self.can_compute(x, self.down_proj):
+            return cast(torch.Tensor, super().forward(x, index, weights))
+        num_experts, k = self.down_proj.shape[0], index.shape[1]
+        chosen = index.flatten()
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=num_experts).tolist()
+        results = x.new_zeros((chosen.shape[0], x.shape[1]))
+        start = 0
+        for expert, count in enumerate(counts[:num_experts]):  # beyond them: "no expert", adds nothing
+            if count == 0:
+                continue
+            places = order[start : start + count]
+            start += count
+            gate, up = self.native_kernels.linear(x[places // k], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            inner = self.native_kernels.gated(gate, up, **self.native_settings)
+            results[places] = self.native_kernels.linear(inner, self.down_proj[expert])
+        weighted = results.view(-1, k, x.shape[1]).float() * weights.float().unsqueeze(-1)
+        return weighted.sum(dim=1).to(x.dtype)
+
+
+def become(module: nn.Module, layer: type[NativeLayer], kernels: Kernels, settings: dict[str, Any]) -> None:
+    """Change the class of `module` to a subclass that computes as `layer`; the instance stays the same.
+
+    To undo it, assign the former class to `module.__class__`.
+    """
+    module.native_kernels = kernels  # type: ignore[assignment]  # not a tensor and not a module
+    module.native_settings = settings  # type: ignore[assignment]  # likewise
+    module.__class__ = _subclass(layer, type(module))  # type: ignore[arg-type]  # classes are hashable
+
+
+@functools.cache
+def _subclass(layer: type[NativeLayer], own: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Native{own.__name__}", (layer, own), {"__module__": own.__module__})
