@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,14 +95,24 @@ def linear_cases(kernels: Kernels, seconds: float) -> Iterator[Result]:
             for m in LINEAR_ROWS:
                 x = torch.randn(m, k).to(dtype)
                 native, torch_time, ratio = compare(
-                    lambda i, x=x, w=weights: kernels.linear(x, w[i % len(w)]),
-                    lambda i, x=x, w=weights: functional.linear(x, w[i % len(w)]),
+                    partial(apply_in_rotation, kernels.linear, x, weights),
+                    partial(apply_in_rotation, functional.linear, x, weights),
                     seconds,
                 )
                 bandwidth, speed = weight_bytes / native / 1e3, 2e-3 * m * n * k / native
                 rate = (bandwidth, "GB/s") if m <= 16 else (speed, "GFLOP/s")
                 case = f"{short(dtype)} M={m} N={n} K={k}"
                 yield Result("linear", case, native, torch_time, ratio, *rate)
+
+
+def apply_in_rotation(
+    linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    turn: int,
+) -> torch.Tensor:
+    """One layer's output, with another weight each turn."""
+    return linear(x, weights[turn % len(weights)])
 
 
 def attention_cases(kernels: Kernels, seconds: float) -> Iterator[Result]:
@@ -129,29 +140,27 @@ def attention_case(
     new = 1 if kind == "decode" else length
     blocks = -(-length // BLOCK_SIZE)
     pages = (1 + count * blocks, BLOCK_SIZE, NUM_KV_HEADS)
-    dense = [torch.randn(count, NUM_KV_HEADS, length, HEAD_DIM).to(dtype) for _ in range(2)]
+    keys, values = (torch.randn(count, NUM_KV_HEADS, length, HEAD_DIM).to(dtype) for _ in range(2))
     query = torch.randn(count * new, NUM_HEADS, HEAD_DIM).to(dtype)
     key, value = (torch.zeros((*pages, HEAD_DIM), dtype=cache_dtype) for _ in range(2))
-    scales = [torch.zeros(pages) if cache_dtype == torch.int8 else None for _ in range(2)]
+    key_scale, value_scale = (torch.zeros(pages) if cache_dtype == torch.int8 else None for _ in range(2))
     tables = (torch.randperm(count * blocks) + 1).view(count, blocks).int()
     positions = torch.arange(length)
     slots = (tables.long()[:, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE).flatten()
-    kernels.write_kv(
-        *(tensor.transpose(1, 2).reshape(-1, NUM_KV_HEADS, HEAD_DIM) for tensor in dense),
-        *(key, value, *scales, slots),
-    )
+    tokens = [dense.transpose(1, 2).reshape(-1, NUM_KV_HEADS, HEAD_DIM) for dense in (keys, values)]
+    kernels.write_kv(tokens[0], tokens[1], key, value, key_scale, value_scale, slots)
     starts = torch.arange(0, count * new + 1, new, dtype=torch.int32)
     lengths = torch.full((count,), length, dtype=torch.int32)
     heads_first = query.view(count, new, NUM_HEADS, HEAD_DIM).transpose(1, 2)
 
     def native(_: int) -> torch.Tensor:
         return kernels.paged_attention(
-            query, key, value, *scales, tables, starts, lengths, scale=HEAD_DIM**-0.5
+            query, key, value, key_scale, value_scale, tables, starts, lengths, scale=HEAD_DIM**-0.5
         )
 
     def by_torch(_: int) -> torch.Tensor:
         return functional.scaled_dot_product_attention(
-            heads_first, *dense, is_causal=kind == "prefill", enable_gqa=True
+            heads_first, keys, values, is_causal=kind == "prefill", enable_gqa=True
         )
 
     native_us, torch_us, ratio = compare(native, by_torch, seconds)
@@ -172,32 +181,42 @@ def row_cases(kernels: Kernels, seconds: float) -> Iterator[Result]:
         heads = torch.randn(rows, NUM_HEADS, HEAD_DIM).to(dtype)
         cos, sin = torch.randn(2, rows, HEAD_DIM).to(dtype)
         logits = torch.randn(rows, 32000)
-        pairs: dict[str, tuple[Callable[[int], object], Callable[[int], object]]] = {
+        pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
             "rms_norm 2048": (
-                lambda _, x=x, w=weight: kernels.rms_norm(x, w, 1e-6),
-                lambda _, x=x, w=weight: torch_rms_norm(x, w),
+                partial(kernels.rms_norm, x, weight, 1e-6),
+                partial(torch_rms_norm, x, weight),
             ),
             "silu_mul 5632": (
-                lambda _, g=gate, u=up: kernels.gated(g, u, "silu"),
-                lambda _, g=gate, u=up: functional.silu(g) * u,
+                partial(kernels.gated, gate, up, "silu"),
+                partial(torch_silu_mul, gate, up),
             ),
             "rope 32 x 64": (
-                lambda _, x=heads, c=cos, s=sin: kernels.apply_rope(x, c, s),
-                lambda _, x=heads, c=cos, s=sin: torch_rope(x, c, s),
+                partial(kernels.apply_rope, heads, cos, sin),
+                partial(torch_rope, heads, cos, sin),
             ),
             "argmax 32000": (
-                lambda _, x=logits: kernels.argmax(x),
-                lambda _, x=logits: x.argmax(-1),
+                partial(kernels.argmax, logits),
+                partial(torch.argmax, logits, -1),
             ),
             "log_softmax 32000": (
-                lambda _, x=logits: kernels.log_softmax(x),
-                lambda _, x=logits: x.log_softmax(-1),
+                partial(kernels.log_softmax, logits),
+                partial(torch.log_softmax, logits, -1),
             ),
         }
         for name, (native, by_torch) in pairs.items():
-            native_us, torch_us, ratio = compare(native, by_torch, seconds)
+            native_us, torch_us, ratio = compare(every_turn(native), every_turn(by_torch), seconds)
             case = f"{name}, {rows} rows"
             yield Result("rows", case, native_us, torch_us, ratio, rows / native_us, "rows/us")
+
+
+def every_turn(function: Callable[[], object]) -> Callable[[int], object]:
+    """The function, whatever the turn."""
+    return lambda _: function()
+
+
+def torch_silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """As transformers' Llama does it."""
+    return functional.silu(gate) * up
 
 
 def torch_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memory_efficient_gpt.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from memory_efficient_gpt.tokenizer import read_eos_token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -192,15 +193,12 @@ def load_model(
 
 
 def eos_token_ids(model: PreTrainedModel, folder: Path | None) -> tuple[int, ...]:
-    """The tokens that end a text: generation_config.json's if the folder has one, else the config's."""
-    found: Any = None
-    if folder is not None and (folder / "generation_config.json").is_file():
-        found = _read_json(folder / "generation_config.json").get("eos_token_id")
-    if found is None:
-        found = model.config.get_text_config().eos_token_id
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, list | tuple) else (int(found),)
+    """The tokens that end a text: those that the checkpoint's files name, else those of the model's config."""
+    found = read_eos_token_ids(folder) if folder is not None else ()
+    own: int | list[int] | None = model.config.get_text_config().eos_token_id
+    if found or own is None:
+        return found
+    return tuple(own) if isinstance(own, list | tuple) else (int(own),)
 
 
 def _refuse_incomplete(folder: Path, report: dict[str, Any]) -> None:

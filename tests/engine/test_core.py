@@ -252,3 +252,11 @@ def test_closed_engine_says_so() -> None:
     assert not engine.has_work
     with pytest.raises(EngineFailedError, match="closed"):
         engine.submit(Request(id="s", prompt_token_ids=(2, 3)))
+
+
+def test_int8_cache_gives_in_a_batch_what_it_gives_alone() -> None:
+    alone = make_engine(kv_cache_dtype="int8", prefix_cache=False)
+    expected: dict[tuple[str, int], Output] = {}
+    for request in mixed_requests():
+        expected |= run(alone, [request])
+    assert run(make_engine(kv_cache_dtype="int8", max_batched_tokens=16), mixed_requests()) == expected

@@ -56,11 +56,13 @@ EXPECTED = {
 
 def tiny(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=dtype)
+    make: Any = AutoModelForCausalLM
+    model: PreTrainedModel = make.from_config(copy.deepcopy(CONFIGS[name]), dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():  # norms' ones and biases' zeros would hide mistakes
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -137,17 +139,18 @@ def test_another_dtype_after_fusing_still_works(kernels: Kernels) -> None:
     model = tiny("llama")
     fuse(model, kernels)
     want = logits(model, torch.arange(7).view(1, 7))
-    got = logits(model.to(torch.float16), torch.arange(7).view(1, 7))
+    nn.Module.to(model, torch.float16)
+    got = logits(model, torch.arange(7).view(1, 7))
     assert float((got - want).abs().max()) <= 0.05 * float(want.abs().max())
 
 
 def test_a_fused_model_can_be_copied_and_generates(kernels: Kernels) -> None:
-    model = tiny("llama")
+    model: Any = tiny("llama")
     fuse(model, kernels)
-    twin = copy.deepcopy(model)
+    twin: Any = copy.deepcopy(model)
     ids = torch.arange(3, 8).view(1, 5)
-    first = model.generate(ids, max_new_tokens=4, do_sample=False)
-    assert torch.equal(first, twin.generate(ids, max_new_tokens=4, do_sample=False))
+    first, second = (each.generate(ids, max_new_tokens=4, do_sample=False) for each in (model, twin))
+    assert torch.equal(first, second)
     assert isinstance(model.lm_head, nn.Linear)
 
 
@@ -224,7 +227,7 @@ def test_layers_with_a_forward_of_their_own_are_not_taken_for_linear(kernels: Ke
 def test_dtypes_and_layouts_without_a_kernel_are_kept(kernels: Kernels) -> None:
     strided = nn.Linear(8, 8)
     strided.weight.data = strided.weight.data.t()
-    report = fuse(Layers(half=nn.Linear(8, 8).half(), strided=strided), kernels)
+    report = fuse(Layers(half_precision=nn.Linear(8, 8).half(), strided=strided), kernels)
     assert not report.replaced
     assert "float16" in reasons(report, "linear")
     assert "not contiguous" in reasons(report, "linear")

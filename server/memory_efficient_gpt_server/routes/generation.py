@@ -128,7 +128,7 @@ class GenerationResponse(Response):
     async def _fail(self, channel: SseChannel, error: Exception) -> None:
         """Tell the client in the stream, unless it has left or doesn't read."""
         if not isinstance(error, MegptError):
-            logger.exception("A stream failed.")
+            logger.error("A stream failed.", exc_info=error)
         answer = answer_for(error, self._record.id)
         self._record.error = answer.code
         if not isinstance(error, ClientDisconnectedError | StreamStalledError):

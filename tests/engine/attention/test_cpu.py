@@ -190,7 +190,7 @@ class Batch:
         value = torch.cat([s.value[start:end] for s, _, start, end in pieces])
         query = torch.cat([s.query[start:end] for s, _, start, end in pieces])
         self.backend.write(key, value, self.cache, context)
-        return list(self.backend.attend(query, self.cache, context, options).split(lens))
+        return list(torch.split(self.backend.attend(query, self.cache, context, options), lens))
 
 
 @pytest.mark.parametrize("feature", ["plain", "everything", "long window"])

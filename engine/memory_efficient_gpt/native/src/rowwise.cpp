@@ -86,13 +86,15 @@ inline Vf erf(Vf x) {
     return select(less(x, zero()), sub(zero(), y), y);
 }
 
+// x * sigmoid(y).
+inline Vf times_sigmoid(Vf x, Vf y) { return div(x, add(set1(1.0f), exp(sub(zero(), y)))); }
+
 inline Vf activate(Vf x, int64_t kind) {
-    if (kind == kSilu) return div(x, add(set1(1.0f), exp(sub(zero(), x))));
-    const Vf half = mul(x, set1(0.5f));
-    if (kind == kGelu) return mul(half, add(set1(1.0f), erf(mul(x, set1(0.70710678f)))));
+    if (kind == kSilu) return times_sigmoid(x, x);
+    if (kind == kGelu) return mul(mul(x, set1(0.5f)), add(set1(1.0f), erf(mul(x, set1(0.70710678f)))));
+    // (1 + tanh(z)) / 2 = sigmoid(2 z), which loses nothing where tanh is near -1.
     const Vf cube = mul(mul(x, x), x);
-    const Vf inner = mul(fma(cube, set1(0.044715f), x), set1(0.79788456f));
-    return mul(half, add(set1(1.0f), tanh(inner)));
+    return times_sigmoid(x, mul(fma(cube, set1(0.044715f), x), set1(2 * 0.79788456f)));
 }
 
 template <class T>
