@@ -7,7 +7,8 @@ that the tokenizer itself decodes, before invalid UTF-8 is replaced.
 
 Two families of decoders work token by token. Byte-level ones spell each byte as a character. SentencePiece's
 spell a space as U+2581 and bytes without a token as <0x00> to <0xFF>, and drop the space before the first
-word.
+word. (One exception to the invariant: Metaspace decoders also drop spaces inside a text's first token.
+Those belong to the text, and are kept here.)
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def _prompts(value: Any) -> tuple[PromptInput, ...]:
         return (value,)
     if not isinstance(value, list) or not value:
         raise _problem(
-            f"must be a string, a list of strings, a list of token ids or several such lists, got {_short(value)}."
+            f"must be a string, a list of strings, or one or several lists of token ids, got {_short(value)}."
         )
     if _all_ints(value):
         return (tuple(value),)

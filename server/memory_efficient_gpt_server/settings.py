@@ -85,7 +85,7 @@ class ModelSettings(BaseModel):
     def _check(self) -> Self:
         if not MODEL_ID.fullmatch(self.id):
             raise ValueError(
-                f"id {self.id!r} must be a letter or digit and up to 63 more of letters, digits, '.', '_', '-'"
+                f"id {self.id!r} must be a letter or digit and up to 63 letters, digits, '.', '_' or '-'"
             )
         try:
             self.engine_config()
@@ -142,6 +142,9 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(600.0, gt=0, description="longest time for one request, in seconds")
     keepalive_s: float = Field(15.0, gt=0, description="silence before a stream gets a comment, in seconds")
     stream_stall_s: float = Field(30.0, gt=0, description="time a client may not read its stream, in seconds")
+    stream_interval_s: float = Field(
+        0.02, ge=0, le=1, description="with more than 8 requests, least time between writes of one stream, in seconds"
+    )
     drain_seconds: float = Field(30.0, ge=0, description="time for running requests at shutdown, in seconds")
     tokenizer_threads: int = Field(1, ge=1, le=64, description="threads that tokenize long texts")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level logged")

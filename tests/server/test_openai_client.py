@@ -100,9 +100,12 @@ def test_streams_of_several_choices_keep_them_apart(live: LiveServer) -> None:
         model="demo", prompt=["a", "b"], n=3, max_tokens=50, stream=True, echo=True
     )
     texts: dict[int, str] = {}
+    ends: list[int] = []
     for chunk in stream:
+        ends += [choice.index for choice in chunk.choices if choice.finish_reason]
         texts[chunk.choices[0].index] = texts.get(chunk.choices[0].index, "") + chunk.choices[0].text
     assert texts == {i: ("a" if i < 3 else "b") + ANSWER for i in range(6)}
+    assert sorted(ends) == list(range(6))
 
 
 def test_prompts_of_token_ids(live: LiveServer, tokenizer: Tokenizer) -> None:

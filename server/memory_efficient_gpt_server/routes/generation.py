@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 UNSTATED_OUTPUT_TOKENS: Final = 1024
 """What a sequence is charged at admission if the request sets no limit to its output."""
 
+MOST_UNHURRIED_STREAMS: Final = 8
+"""With so many requests at once or fewer, every token is written when it comes."""
+
 _LAST_WRITE_TIMEOUT_S: Final = 5.0
 
 
@@ -122,8 +125,14 @@ class GenerationResponse(Response):
             async for touched in generation.progress():
                 if chunks := generation.chunks(touched):
                     await channel.write(chunks)
+                    await self._let_tokens_gather()
             last = dialect.usage(generation.usage) if self._job.body.include_usage else b""
         await channel.end(last + DONE)
+
+    async def _let_tokens_gather(self) -> None:
+        """With many streams most of a token's cost is its write: then let the next few share one."""
+        if self._server.lifecycle.num_running > MOST_UNHURRIED_STREAMS:
+            await asyncio.sleep(self._server.settings.stream_interval_s)
 
     async def _fail(self, channel: SseChannel, error: Exception) -> None:
         """Tell the client in the stream, unless it has left or doesn't read."""
@@ -214,14 +223,14 @@ class Generation:
         unfinished = len(self.sequences)
         while events := await self._events.next():
             now_s = time.perf_counter()
-            touched = []
+            touched: dict[SequenceText, None] = {}  # a set that keeps the order
             for news in events:
                 sequence = self._take(news, now_s)
                 if sequence is not None:
-                    touched.append(sequence)
+                    touched[sequence] = None
                     unfinished -= sequence.finish_reason is not None
             if touched:
-                yield touched
+                yield tuple(touched)
             if not unfinished:
                 return
         raise EngineFailedError("The engine gave no end to this request. Retry.")

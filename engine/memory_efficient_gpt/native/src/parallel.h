@@ -24,18 +24,18 @@ inline int useful_threads(int64_t threads, double work, double work_of_a_thread)
     return wanted < static_cast<double>(threads) ? static_cast<int>(wanted) : static_cast<int>(threads);
 }
 
+// body(context, item) for every item on up to `threads` threads; see pool.cpp.
+void run_items(int64_t items, int threads, void (*body)(const void*, int64_t), const void* context);
+
 // body(item) for every item; handed out one by one, since another process may hold one of the cores.
 template <class Body>
 inline void parallel_for(int64_t items, int threads, const Body& body) {
-#if defined(_OPENMP)
-    if (threads > 1 && items > 1) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    if (threads <= 1 || items <= 1) {
         for (int64_t i = 0; i < items; ++i) body(i);
         return;
     }
-#endif
-    (void)threads;
-    for (int64_t i = 0; i < items; ++i) body(i);
+    const auto call = [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); };
+    run_items(items, threads, call, &body);
 }
 
 // Memory that is kept between calls and grows when needed; contents are undefined. Aligned to 64 bytes.

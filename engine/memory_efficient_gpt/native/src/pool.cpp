@@ -1,0 +1,100 @@
+// The threads that share out a kernel's work items.
+//
+// Purpose: run items on the caller's thread and on helpers. Does not know: what an item is. Invariant: a call
+// returns when every item is done, without waiting for helpers that have not started: where another process
+// holds a core, the caller does the work alone instead of waiting for a time slice, as OpenMP's barrier would.
+// One call at a time has the helpers; another thread's call in the meantime runs its items by itself.
+//
+// Helpers start on first use, so that a process may fork before; a fork after that starts its own.
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+#include "parallel.h"
+
+namespace megpt {
+namespace {
+
+struct Job {
+    int64_t items;
+    void (*body)(const void*, int64_t);
+    const void* context;
+    std::atomic<int64_t> next{0};
+
+    void work() {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(context, i);
+    }
+};
+
+class Pool {
+public:
+    // False if the helpers are busy with another call.
+    bool run(Job& job, int helpers) {
+        {
+            std::unique_lock<std::mutex> lock(mutex_);
+            if (job_ != nullptr || working_ != 0) return false;
+            while (started_ < helpers) {
+                std::thread(&Pool::help, this).detach();
+                ++started_;
+            }
+            job_ = &job;
+            seats_ = helpers;
+        }
+        if (helpers == 1)
+            wake_.notify_one();
+        else
+            wake_.notify_all();
+        job.work();
+        std::unique_lock<std::mutex> lock(mutex_);
+        job_ = nullptr;
+        done_.wait(lock, [this] { return working_ == 0; });
+        return true;
+    }
+
+private:
+    void help() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        for (;;) {
+            wake_.wait(lock, [this] { return job_ != nullptr && seats_ > 0; });
+            Job& job = *job_;
+            --seats_;
+            ++working_;
+            lock.unlock();
+            job.work();
+            lock.lock();
+            if (--working_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_, done_;
+    Job* job_ = nullptr;
+    int seats_ = 0;    // helpers that may still join the job
+    int working_ = 0;  // helpers that joined and are not done
+    int started_ = 0;
+};
+
+// Never destroyed: helpers wait on it until the process ends. A forked child has no helpers and makes its own.
+Pool* pool = nullptr;
+std::once_flag handler;
+std::mutex creation;
+
+Pool& the_pool() {
+    std::call_once(handler, [] { pthread_atfork(nullptr, nullptr, [] { pool = nullptr; }); });
+    const std::lock_guard<std::mutex> lock(creation);
+    if (pool == nullptr) pool = new Pool;
+    return *pool;
+}
+
+}  // namespace
+
+void run_items(int64_t items, int threads, void (*body)(const void*, int64_t), const void* context) {
+    Job job{items, body, context};
+    if (threads <= 1 || items <= 1 || !the_pool().run(job, threads - 1)) job.work();
+}
+
+}  // namespace megpt
