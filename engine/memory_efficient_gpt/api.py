@@ -105,9 +105,8 @@ class LLM:
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         several: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         running = self._start(several, params)
-        with batch_bar(len(several), shown=len(several) > 1 if progress is None else progress) as bar:
-            self._drain(running, bar)
-        completions = [r.completion for r in running.values()]
+        shown = len(several) > 1 if progress is None else progress
+        completions = self._complete(running, shown=shown)
         return completions[0] if single else completions
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any) -> Iterator[str]:
@@ -128,9 +127,13 @@ class LLM:
         finally:
             self.engine.abort(only.request.id)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None, **sampling: Any) -> Any:
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None, **sampling: Any
+    ) -> Completion:
         """Answer a conversation (role/content messages) through the model's chat template."""
-        return self.generate(self.tokenizer.apply_chat_template(list(messages)), params, **sampling)
+        ids = self.tokenizer.apply_chat_template(list(messages))
+        running = self._start([ids], params or SamplingParams(**sampling), continues=False)
+        return self._complete(running, shown=False)[0]
 
     def close(self) -> None:
         """Drop the model."""
@@ -144,19 +147,26 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _start(self, prompts: Sequence[Prompt], params: SamplingParams) -> dict[str, _Running]:
+    def _start(
+        self, prompts: Sequence[Prompt], params: SamplingParams, *, continues: bool = True
+    ) -> dict[str, _Running]:
         running: dict[str, _Running] = {}
         try:
             for prompt in prompts:
                 ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
                 request = Request(id=f"local-{next(self._ids)}", prompt_token_ids=ids, params=params)
                 self.engine.submit(request)
-                running[request.id] = _Running(request, self.tokenizer)
+                running[request.id] = _Running(request, self.tokenizer, continues=continues)
         except Exception:
             for request_id in running:
                 self.engine.abort(request_id)
             raise
         return running
+
+    def _complete(self, running: dict[str, _Running], *, shown: bool) -> list[Completion]:
+        with batch_bar(len(running), shown=shown) as bar:
+            self._drain(running, bar)
+        return [r.completion for r in running.values()]
 
     def _drain(self, running: dict[str, _Running], bar: Progress | None) -> None:
         unfinished = len(running)
@@ -186,11 +196,14 @@ class LLM:
 class _Running:
     """A request under way and the text it has so far."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer, *, continues: bool) -> None:
+        """continues: the text goes on from the prompt's, so a leading space of its first token counts."""
         n = request.params.n
         self.request = request
         self.completion = Completion(request.prompt_token_ids, [Choice() for _ in range(n)])
-        self._assemblers = [TextAssembler(tokenizer, request.params.stop) for _ in range(n)]
+        self._assemblers = [
+            TextAssembler(tokenizer, request.params.stop, continues=continues) for _ in range(n)
+        ]
 
     def apply(self, event: SequenceEvent) -> bool:
         """Take an event in; True when a stop string ended the sequence, which the engine can't know."""

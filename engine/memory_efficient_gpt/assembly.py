@@ -26,7 +26,13 @@ from memory_efficient_gpt.hardware import free_memory_bytes, resolve_device
 from memory_efficient_gpt.kv_cache.blocks import BlockAllocator
 from memory_efficient_gpt.kv_cache.geometry import LayerKV
 from memory_efficient_gpt.kv_cache.pool import KVPool, block_bytes
-from memory_efficient_gpt.loading import check_checkpoint, eos_token_ids, load_config, load_model, resolve_model
+from memory_efficient_gpt.loading import (
+    check_checkpoint,
+    eos_token_ids,
+    load_config,
+    load_model,
+    resolve_model,
+)
 from memory_efficient_gpt.runner import PackedRunner, Runner
 from memory_efficient_gpt.scheduler import SchedulerConfig
 from memory_efficient_gpt.tiers import TierDecision, decide_tier

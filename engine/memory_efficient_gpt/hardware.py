@@ -16,7 +16,7 @@ from memory_efficient_gpt.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """"auto" is the first CUDA device, else the CPU. Raises ConfigError for a device that is not there."""
+    """ "auto" is the first CUDA device, else the CPU. Raises ConfigError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:

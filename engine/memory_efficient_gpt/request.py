@@ -71,9 +71,7 @@ class SamplingParams:
     @property
     def penalized(self) -> bool:
         """Whether earlier tokens change the logits."""
-        return (
-            self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        )
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def validate(self, vocab_size: int) -> None:
         """Check every field against its limits. Raises InvalidRequestError naming field, limit and value."""

@@ -34,6 +34,7 @@ class Sequence:
     `slot` is its row in the runner's tables while RUNNING. `epoch` grows whenever its KV is dropped,
     so that a step planned before is recognised as stale. `dirty_from` is the first entry of `blocks`
     that the runner has not seen. `block_keys` are the prefix-cache keys of its leading full blocks.
+    `distinct_prompt` is filled in when a penalty first needs it.
     """
 
     request: Request
@@ -54,6 +55,7 @@ class Sequence:
     num_cached_tokens: int | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     siblings: tuple[Sequence, ...] = ()
+    distinct_prompt: tuple[int, ...] | None = None
 
     @property
     def prompt_len(self) -> int:

@@ -14,8 +14,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from memory_efficient_gpt.sampling import LogprobTensors, Sampled, SampleRow, SamplingBatch, prompt_logprobs, sample
-from memory_efficient_gpt.sequence import Chunk, Sample, Step, StepOutcome
+from memory_efficient_gpt.sampling import (
+    LogprobTensors,
+    Sampled,
+    SampleRow,
+    SamplingBatch,
+    prompt_logprobs,
+    sample,
+)
+from memory_efficient_gpt.sequence import Chunk, Sample, Sequence, Step, StepOutcome
 from memory_efficient_gpt.uploads import upload
 
 
@@ -93,17 +100,26 @@ def _sample_row(sample: Sample, end_ids: tuple[int, ...]) -> SampleRow:
         params=params,
         seed=seq.seed,
         counter=sample.output_index,
-        history=seq.request.prompt_token_ids if params.penalized else (),
+        history=_distinct_prompt(seq) if params.penalized else (),
         outputs=seq.tokens[seq.prompt_len :] if params.penalized else (),
         suppress=suppress,
     )
+
+
+def _distinct_prompt(seq: Sequence) -> tuple[int, ...]:
+    """The prompt's tokens once each: a repetition penalty counts none twice, and prompts are long."""
+    if seq.distinct_prompt is None:
+        seq.distinct_prompt = tuple(set(seq.request.prompt_token_ids))
+    return seq.distinct_prompt
 
 
 def _unread_tokens(
     samples: list[Sample], rows: list[SampleRow], last_tokens: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Each row's token that is sampled but not read yet, -1 for none; None if no row needs it."""
-    unread = [r.params.penalized and len(r.outputs) < s.output_index for s, r in zip(samples, rows, strict=True)]
+    unread = [
+        r.params.penalized and len(r.outputs) < s.output_index for s, r in zip(samples, rows, strict=True)
+    ]
     if last_tokens is None or not any(unread):
         return None
     slots = upload(np.asarray([s.seq.slot for s in samples], dtype=np.int64), last_tokens.device)

@@ -18,6 +18,6 @@ import torch
 def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """A tensor of `array`'s shape and dtype on `device`; on the CPU it shares the array's memory."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -143,7 +143,10 @@ class Settings(BaseSettings):
     keepalive_s: float = Field(15.0, gt=0, description="silence before a stream gets a comment, in seconds")
     stream_stall_s: float = Field(30.0, gt=0, description="time a client may not read its stream, in seconds")
     stream_interval_s: float = Field(
-        0.02, ge=0, le=1, description="with more than 8 requests, least time between writes of one stream, in seconds"
+        0.02,
+        ge=0,
+        le=1,
+        description="least time between writes of a stream while more than 8 run, in seconds",
     )
     drain_seconds: float = Field(30.0, ge=0, description="time for running requests at shutdown, in seconds")
     tokenizer_threads: int = Field(1, ge=1, le=64, description="threads that tokenize long texts")

@@ -37,7 +37,10 @@ def test_a_batch_gives_what_each_prompt_gives_alone(llm: LLM) -> None:
 
 def test_token_ids_are_a_prompt_too(llm: LLM) -> None:
     ids = llm.tokenizer.encode(PROMPT)
-    assert llm.generate(ids, max_tokens=8, temperature=0).text == llm.generate(PROMPT, max_tokens=8, temperature=0).text
+    assert (
+        llm.generate(ids, max_tokens=8, temperature=0).text
+        == llm.generate(PROMPT, max_tokens=8, temperature=0).text
+    )
 
 
 def test_stream_gives_the_same_text_in_pieces(llm: LLM) -> None:

@@ -73,7 +73,7 @@ def test_fallback_to_torch_attention_is_explained() -> None:
 
 
 def test_float16_on_a_cpu_is_computed_in_bfloat16(tmp_path: Any) -> None:
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.float16).save_pretrained(tmp_path)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).half().save_pretrained(tmp_path)
     info = Engine.load(EngineConfig(model=str(tmp_path), num_kv_blocks=8)).info
     assert info.dtype == "bfloat16"
     assert any("float16 weights" in note for note in info.notes)

@@ -131,9 +131,7 @@ def test_second_time_comes_from_the_prefix_cache_and_is_equal() -> None:
 def test_seed_decides_and_different_texts_of_one_request_differ() -> None:
     engine = make_engine()
     params = SamplingParams(seed=3, max_tokens=12, n=4, ignore_eos=True)
-    outputs = [
-        run(engine, [Request(id=name, prompt_token_ids=prompt(1, 9), params=params)]) for name in "ab"
-    ]
+    outputs = [run(engine, [Request(id=name, prompt_token_ids=prompt(1, 9), params=params)]) for name in "ab"]
     assert [outputs[0]["a", i] for i in range(4)] == [outputs[1]["b", i] for i in range(4)]
     assert len({tuple(tokens) for tokens, _ in outputs[0].values()}) == 4
 

@@ -44,7 +44,7 @@ WRONG: list[tuple[str, Any]] = [
     ("logit_bias", {VOCAB: 1.0}),
     ("logit_bias", {1: 101.0}),
     ("logit_bias", {1: math.nan}),
-    ("logit_bias", {i: 1.0 for i in range(301)}),
+    ("logit_bias", dict.fromkeys(range(301), 1.0)),
 ]
 
 

@@ -24,7 +24,7 @@ PROMPTS = [(5, 6, 7), (9, 8, 7, 6, 5, 4, 3, 11), (20,)]
 
 def bloom() -> PreTrainedModel:
     return BloomForCausalLM(
-        BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4, seq_length=64)
+        BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4)
     )
 
 
@@ -56,11 +56,12 @@ def test_greedy_equals_generate_for_requests_submitted_together(build: Any) -> N
     for number, prompt in enumerate(PROMPTS):
         engine.submit(Request(id=str(number), prompt_token_ids=prompt, params=params))
     events = collect(engine)
+    generate: Any = model.generate
     config = GenerationConfig(max_new_tokens=10, do_sample=False, pad_token_id=0)
     for number, prompt in enumerate(PROMPTS):
         tokens = [t for e in events if e.request_id == str(number) for t in e.token_ids]
         ids = torch.tensor([prompt])
-        expected = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        expected = generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         assert tokens == expected[0, len(prompt) :].tolist()
 
 

@@ -83,7 +83,7 @@ def test_a_launch_never_waits_for_the_device() -> None:
     run(engine)  # kernels are loaded
     for request in requests():
         engine.submit(request)
-    launch = engine._runner.launch  # type: ignore[attr-defined]
+    launch = engine._runner.launch
 
     def watched(step: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error")
@@ -92,14 +92,18 @@ def test_a_launch_never_waits_for_the_device() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    engine._runner.launch = watched  # type: ignore[attr-defined, method-assign]
+    engine._runner.launch = watched
     while engine.has_work:
         engine.step()
 
 
 def test_bundled_model_writes_text_in_bfloat16() -> None:
     engine = Engine.load(EngineConfig(model="demo", device="cuda"))
-    engine.submit(Request(id="r", prompt_token_ids=(5, 6, 7), params=SamplingParams(seed=1, max_tokens=32, ignore_eos=True)))
+    engine.submit(
+        Request(
+            id="r", prompt_token_ids=(5, 6, 7), params=SamplingParams(seed=1, max_tokens=32, ignore_eos=True)
+        )
+    )
     count = 0
     while engine.has_work:
         count += sum(len(event.token_ids) for event in engine.step())

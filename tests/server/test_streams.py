@@ -14,7 +14,7 @@ import pytest
 
 from memory_efficient_gpt.errors import EngineFailedError, MegptError, SamplingFailedError
 from memory_efficient_gpt.request import Request
-from tests.server.conftest import LiveServer, Serve
+from tests.server.conftest import ANSWER, LiveServer, Serve
 from tests.server.scripted_model import ScriptedEngine
 from tests.server.test_bad_requests import assert_error
 
@@ -231,3 +231,25 @@ def test_long_texts_do_not_hold_up_the_event_loop(live: LiveServer) -> None:
             slowest = max(slowest, time.perf_counter() - started)
         assert results[0].json()["count"] > 100_000
     assert slowest < 0.3
+
+
+def test_many_streams_share_writes_and_lose_nothing(serve: Serve, answer_ids: list[int]) -> None:
+    def num_events(interval_s: float) -> int:
+        with serve(ScriptedEngine(answer_ids, step_s=0.01), stream_interval_s=interval_s) as live:
+            connections = [send(live, {**BODY, "stream": True}) for _ in range(12)]
+            bodies = []
+            for connection in connections:
+                received = b""
+                while not received.endswith(b"0\r\n\r\n"):
+                    received += connection.recv(65536)
+                connection.close()
+                bodies.append(received.count(b'"text"'))
+                text = "".join(
+                    json.loads(line[6:])["choices"][0]["text"]
+                    for line in received.decode().splitlines()
+                    if line.startswith("data: {")
+                )
+                assert text == ANSWER
+            return max(bodies)
+
+    assert num_events(0.1) < num_events(0.0) / 2

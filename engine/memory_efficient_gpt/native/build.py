@@ -5,6 +5,9 @@ Does not know: what the functions compute, torch tensors.
 Invariant: a library's file name is a hash of all that went into it, and it appears whole (by rename),
 so a file that exists is right and is never rewritten.
 
+The kernels have threads of their own instead of OpenMP's: at the end of every parallel region OpenMP waits
+for all its threads to get a core, which on a busy machine takes 15 ms for work of 0.3 ms (see pool.cpp).
+
 The cache folder is $MEGPT_CACHE_DIR/native, or ~/.cache/memory_efficient_gpt/native. $CXX names the
 compiler. $MEGPT_NATIVE_ISA (avx512, avx2, portable) forces an instruction set below the CPU's own.
 """
@@ -35,7 +38,7 @@ Isa = Literal["avx512", "avx2", "portable"]
 
 SOURCE_DIR: Final = Path(__file__).parent / "src"
 SOURCES: Final = tuple(
-    SOURCE_DIR / name for name in ("attention.cpp", "kv_cache.cpp", "linear.cpp", "rowwise.cpp")
+    SOURCE_DIR / name for name in ("attention.cpp", "kv_cache.cpp", "linear.cpp", "pool.cpp", "rowwise.cpp")
 )
 COMPILE_TIMEOUT_S: Final = 300
 
@@ -43,6 +46,7 @@ _FLAGS: Final = (
     "-std=c++17",
     "-O3",
     "-fPIC",
+    "-pthread",
     "-fno-math-errno",
     "-fno-trapping-math",
     # Sums must round the same way in every instantiation of a template: fused only where written so.
@@ -67,12 +71,11 @@ class Unavailable:
 
 @dataclass(frozen=True, slots=True)
 class NativeLibrary:
-    """A loaded library. `isa` is what the compiler really used; `openmp` is the runtime, if any."""
+    """A loaded library. `isa` is what the compiler really used."""
 
     cdll: ctypes.CDLL
     path: Path
     isa: str
-    openmp: str | None
 
 
 def load_library(isa: Isa | None = None) -> NativeLibrary | Unavailable:
@@ -110,24 +113,11 @@ def build_library(
     compiler = find_compiler()
     if isinstance(compiler, Unavailable):
         return compiler
-    openmp = openmp_runtime()
-    attempts = [_openmp_flags(openmp), ("-fopenmp",), ()] if openmp else [("-fopenmp",), ()]
-    failure = Unavailable("nothing was tried")
-    for openmp_flags in attempts:
-        flags = (*_FLAGS, *_ISA_FLAGS[isa])
-        built = _build(name, sources, compiler, flags, openmp_flags)
-        if isinstance(built, Unavailable):
-            failure = built
-            continue
-        library = _open(built, openmp_flags, openmp)
-        if isinstance(library, NativeLibrary) and isa is not None and library.isa != isa:
-            return Unavailable(f"MEGPT_NATIVE_ISA asks for {isa}, this CPU and compiler give {library.isa}")
-        if isinstance(library, NativeLibrary):
-            if not openmp_flags:
-                logger.warning("native kernels were built without OpenMP: they run on one thread")
-            return library
-        failure = library
-    return failure
+    built = _build(name, sources, compiler, (*_FLAGS, *_ISA_FLAGS[isa]))
+    library = built if isinstance(built, Unavailable) else _open(built)
+    if isinstance(library, NativeLibrary) and isa is not None and library.isa != isa:
+        return Unavailable(f"MEGPT_NATIVE_ISA asks for {isa}, this CPU and compiler give {library.isa}")
+    return library
 
 
 def find_compiler() -> list[str] | Unavailable:
@@ -141,22 +131,6 @@ def find_compiler() -> list[str] | Unavailable:
     return Unavailable(f"no C++ compiler found (looked for {names}); install one or set CXX")
 
 
-def openmp_runtime() -> str | None:
-    """The OpenMP library this process has loaded already (torch's own), or None.
-
-    Linking against the same file keeps one thread pool, whose size torch.set_num_threads governs.
-    """
-    try:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    for line in maps.splitlines():
-        path = line[line.find("/") :] if "/" in line else ""
-        if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")) and Path(path).is_file():
-            return path
-    return None
-
-
 def cache_folder() -> Path:
     """Where compiled libraries are kept."""
     root = os.environ.get("MEGPT_CACHE_DIR")
@@ -164,56 +138,36 @@ def cache_folder() -> Path:
     return base / "native"
 
 
-def _openmp_flags(runtime: str | None) -> tuple[str, ...]:
-    return ("-fopenmp", str(runtime)) if runtime else ("-fopenmp",)
-
-
 def _build(
-    name: str,
-    sources: Sequence[Path],
-    compiler: list[str],
-    flags: tuple[str, ...],
-    openmp_flags: tuple[str, ...],
+    name: str, sources: Sequence[Path], compiler: list[str], flags: tuple[str, ...]
 ) -> Path | Unavailable:
     """The compiled library's path, compiled now if it is not in the cache."""
     version = _compiler_version(tuple(compiler))
-    key = _fingerprint(sources, [*compiler, version, _cpu_flags(), *flags, *openmp_flags])
+    key = _fingerprint(sources, [*compiler, version, _cpu_flags(), *flags])
     folder = cache_folder()
     target = folder / f"{name}-{key}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{name}-{key}.lock"):
-            if target.is_file():
-                return target
-            return _compile(sources, compiler, flags, openmp_flags, target)
+            return target if target.is_file() else _compile(sources, compiler, flags, target)
     except OSError as error:
         return Unavailable(f"cannot build in {folder}: {error}; set MEGPT_CACHE_DIR to a writable folder")
 
 
 def _compile(
-    sources: Sequence[Path],
-    compiler: list[str],
-    flags: tuple[str, ...],
-    openmp_flags: tuple[str, ...],
-    target: Path,
+    sources: Sequence[Path], compiler: list[str], flags: tuple[str, ...], target: Path
 ) -> Path | Unavailable:
-    """Compile every source (two at a time), link, and rename into place. The caller holds the lock."""
+    """Compile the sources side by side, link, and rename into place. The caller holds the lock."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
         objects = [Path(scratch) / f"{index}.o" for index in range(len(sources))]
-        compile_flags = [*flags, *(flag for flag in openmp_flags if flag.startswith("-")), f"-I{SOURCE_DIR}"]
         commands = [
-            [*compiler, *compile_flags, "-c", str(source), "-o", str(output)]
+            [*compiler, *flags, f"-I{SOURCE_DIR}", "-c", str(source), "-o", str(output)]
             for source, output in zip(sources, objects, strict=True)
         ]
-        if failure := _run_all(commands):
-            return failure
-        # The runtime goes by path, before the compiler's own -lgomp could name another one.
-        runtime = [flag for flag in openmp_flags if not flag.startswith("-")]
-        link_openmp = runtime or [flag for flag in openmp_flags if flag.startswith("-")]
         library = Path(scratch) / "library.so"
-        link = [*compiler, "-shared", "-o", str(library), *map(str, objects), *link_openmp]
-        if failure := _run_all([link]):
+        link = [*compiler, *flags, "-shared", "-o", str(library), *map(str, objects)]
+        if failure := _run_all(commands) or _run_all([link]):
             return failure
         library.replace(target)
     logger.info("compiled %s in %.1f s", target.name, time.monotonic() - started)
@@ -242,15 +196,13 @@ def _run_all(commands: Sequence[Sequence[str]]) -> Unavailable | None:
     return failure
 
 
-def _open(path: Path, openmp_flags: tuple[str, ...], runtime: str | None) -> NativeLibrary | Unavailable:
+def _open(path: Path) -> NativeLibrary | Unavailable:
     try:
         cdll = ctypes.CDLL(str(path))
         cdll.megpt_isa.restype = ctypes.c_char_p
-        isa = cdll.megpt_isa().decode()
+        return NativeLibrary(cdll, path, cdll.megpt_isa().decode())
     except (OSError, AttributeError) as error:
         return Unavailable(f"cannot load {path.name}: {error}")
-    linked = runtime if len(openmp_flags) > 1 else ("the compiler's" if openmp_flags else None)
-    return NativeLibrary(cdll, path, isa, linked)
 
 
 def _fingerprint(sources: Sequence[Path], words: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ Invariant: a result does not depend on the number of threads, nor a row of it on
 
 Letters: M rows, K inputs, N outputs; R rows, D elements; T tokens, S sequences, H heads. Every function takes
 float32 or bfloat16 CPU tensors (all of one dtype unless it says otherwise) and runs on at most
-torch.get_num_threads() threads, on fewer when the work is small.
+`Kernels.num_threads` threads, on fewer when the work is small.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ _NORM_STYLES: Final[dict[NormStyle, int]] = {
     "one_plus_weight": 1,
     "scale_then_round": 2,
 }
-_num_threads: Final = torch.get_num_threads
 
 
 class _AttentionSizes(ctypes.Structure):
@@ -82,7 +81,12 @@ def _kernels_of(library: NativeLibrary) -> Kernels:
 
 
 class Kernels:
-    """The library's functions. `isa` is "avx512", "avx2" or "portable". Safe to share between threads."""
+    """The library's functions. `isa` is "avx512", "avx2" or "portable". Safe to share between threads.
+
+    num_threads: threads of a call; None follows torch.get_num_threads().
+    """
+
+    num_threads: int | None = None
 
     def __init__(self, library: NativeLibrary) -> None:
         cdll = library.cdll
@@ -102,6 +106,9 @@ class Kernels:
     def __deepcopy__(self, memo: dict[int, object]) -> Kernels:
         """Itself: a copied model shares the library."""
         return self
+
+    def _threads(self) -> int:
+        return self.num_threads or torch.get_num_threads()
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x `[..., K]` times weight `[N, K]` transposed, plus bias `[N]`: `[..., N]`. Sums are float32.
@@ -128,7 +135,7 @@ class Kernels:
             k,
             flat.stride(0),
             float_code(x),
-            _num_threads(),
+            self._threads(),
         )
         return out
 
@@ -160,7 +167,7 @@ class Kernels:
             eps,
             _NORM_STYLES[style],
             float_code(x),
-            _num_threads(),
+            self._threads(),
         )
         return out
 
@@ -182,7 +189,7 @@ class Kernels:
             up_rows.stride(0),
             _ACTIVATIONS[activation],
             float_code(gate),
-            _num_threads(),
+            self._threads(),
         )
         return out
 
@@ -211,7 +218,7 @@ class Kernels:
             x.stride(0),
             x.stride(1),
             float_code(x),
-            _num_threads(),
+            self._threads(),
         )
 
     def argmax(self, x: torch.Tensor) -> torch.Tensor:
@@ -227,7 +234,7 @@ class Kernels:
             flat.shape[1],
             flat.stride(0),
             float_code(x),
-            _num_threads(),
+            self._threads(),
         )
         return out
 
@@ -242,7 +249,7 @@ class Kernels:
             flat.shape[1],
             flat.stride(0),
             float_code(x),
-            _num_threads(),
+            self._threads(),
         )
         return out
 
@@ -276,7 +283,7 @@ class Kernels:
         key, value = last_contiguous(key), last_contiguous(value)
         sizes = _WriteSizes(
             *(t, h, dk, dv, key.stride(0), key.stride(1), value.stride(0), value.stride(1)),
-            *(float_code(key), DTYPE_CODES[key_cache.dtype], _num_threads()),
+            *(float_code(key), DTYPE_CODES[key_cache.dtype], self._threads()),
         )
         self._write(
             key_cache.data_ptr(),
@@ -326,7 +333,7 @@ class Kernels:
         sizes = _AttentionSizes(
             *(t, block_tables.shape[0], hq, hkv, dk, dv, bs, block_tables.stride(0)),
             *(query.stride(0), query.stride(1), float_code(query), DTYPE_CODES[key_cache.dtype]),
-            *(window or 0, _num_threads()),
+            *(window or 0, self._threads()),
         )
         self._attention(
             out.data_ptr(),

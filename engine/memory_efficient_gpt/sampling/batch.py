@@ -20,6 +20,7 @@ import torch
 
 from memory_efficient_gpt.request import SamplingParams
 from memory_efficient_gpt.sampling.rng import uniforms
+from memory_efficient_gpt.uploads import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +201,7 @@ class SamplingBatch:
         return self._upload(np.array(rows, dtype=np.int64))
 
     def _upload(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        return upload(array, self.device)
 
 
 def takes_most_likely(params: SamplingParams) -> bool:

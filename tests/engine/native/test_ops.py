@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
 import pytest
@@ -265,6 +270,41 @@ def test_what_does_not_fit_is_refused_by_name(kernels: Kernels) -> None:
         kernels.apply_rope(draw(2, 1, 8), draw(2, 7), draw(2, 7))
     with pytest.raises(ValueError, match=r"weight \[8\]"):
         kernels.rms_norm(x, draw(7), 1e-6)
+
+
+def test_calls_from_many_threads_at_once_are_right(kernels: Kernels) -> None:
+    """One call has the helper threads, the others compute alone."""
+    weight, x = draw(600, 1100), draw(40, 1100)
+    want = kernels.linear(x, weight)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda _: kernels.linear(x, weight), range(40)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, want) for result in results)
+
+
+def test_a_forked_process_has_helper_threads_of_its_own(kernels: Kernels) -> None:
+    script = f"""
+        import os, sys, warnings
+        import torch
+        from memory_efficient_gpt.native.ops import load_kernels
+        kernels = load_kernels({kernels.isa!r})
+        kernels.num_threads = 3
+        torch.set_num_threads(1)
+        x, weight = torch.ones(40, 1100), torch.ones(600, 1100)
+        first = kernels.linear(x, weight)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(kernels.linear(x, weight), first) else 3)
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    assert subprocess.run(command, env=environment, check=False, timeout=100).returncode == 0
 
 
 def test_a_copy_shares_the_library(kernels: Kernels) -> None:

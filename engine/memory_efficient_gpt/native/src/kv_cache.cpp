@@ -11,8 +11,6 @@
 namespace megpt {
 namespace {
 
-constexpr double kThreadWork = 400e3;  // bytes worth waking a thread for
-
 // x = scale * q with scale = max|x| / 127, q to the nearest, ties to even; a row of zeros has scale 0.
 template <class T>
 float quantize_row(int8_t* out, const T* x, int64_t D) {
@@ -76,8 +74,8 @@ MEGPT_EXPORT void megpt_write_kv(void* keys, void* values, float* key_scales, fl
         {keys, key_scales, key, n->Dk, n->key_stride_t, n->key_stride_h},
         {values, value_scales, value, n->Dv, n->value_stride_t, n->value_stride_h},
     };
-    const double work = 4.0 * static_cast<double>(n->T * n->Hkv * (n->Dk + n->Dv));
-    const int team = megpt::useful_threads(n->threads, work, megpt::kThreadWork);
+    const double elements = static_cast<double>(n->T * n->Hkv * (n->Dk + n->Dv));
+    const int team = megpt::useful_threads(n->threads, elements / 2e3);
     const int64_t chunk = 32, items = megpt::ceil_div(n->T, chunk);
     megpt::parallel_for(items, team, [&](int64_t item) {
         for (int64_t token = item * chunk; token < std::min(n->T, (item + 1) * chunk); ++token)

@@ -18,9 +18,10 @@ enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Threads worth waking: a sleeping thread takes about 10 us to start, so each must get more than that.
-inline int useful_threads(int64_t threads, double work, double work_of_a_thread) {
-    const double wanted = 1.0 + work / work_of_a_thread;
+// Threads for work that one of them would do in `microseconds`: waking a sleeping one takes 10 us or more, so
+// each must have well more than that to do.
+inline int useful_threads(int64_t threads, double microseconds) {
+    const double wanted = 1.0 + microseconds / 40.0;
     return wanted < static_cast<double>(threads) ? static_cast<int>(wanted) : static_cast<int>(threads);
 }
 

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "parallel.h"
@@ -37,10 +38,7 @@ public:
         {
             std::unique_lock<std::mutex> lock(mutex_);
             if (job_ != nullptr || working_ != 0) return false;
-            while (started_ < helpers) {
-                std::thread(&Pool::help, this).detach();
-                ++started_;
-            }
+            start(helpers);
             job_ = &job;
             seats_ = helpers;
         }
@@ -56,6 +54,14 @@ public:
     }
 
 private:
+    // Where the system has no more threads, those that there are do the work.
+    void start(int helpers) {
+        try {
+            for (; started_ < helpers; ++started_) std::thread(&Pool::help, this).detach();
+        } catch (const std::system_error&) {
+        }
+    }
+
     void help() {
         std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {

@@ -13,12 +13,10 @@
 namespace megpt {
 namespace {
 
-constexpr double kThreadWork = 64e3;  // elements worth waking a thread for
-
-// body(row) for R rows of D elements, several rows to a work item.
+// body(row) for R rows of D elements, several rows to a work item. pace: elements a thread does in 1 us.
 template <class Body>
-void for_rows(int64_t R, int64_t D, int64_t threads, const Body& body) {
-    const int team = useful_threads(threads, static_cast<double>(R) * static_cast<double>(D), kThreadWork);
+void for_rows(int64_t R, int64_t D, double pace, int64_t threads, const Body& body) {
+    const int team = useful_threads(threads, static_cast<double>(R) * static_cast<double>(D) / pace);
     const int64_t rows = std::max<int64_t>(ceil_div(R, 4 * team), 1);
     parallel_for(ceil_div(R, rows), team, [&](int64_t item) {
         for (int64_t r = item * rows; r < std::min(R, (item + 1) * rows); ++r) body(r);
@@ -184,7 +182,7 @@ T* at(void* p, int64_t elements) { return static_cast<T*>(p) + elements; }
 template <class T>
 void rope(void* x, const void* cos, const void* sin, int64_t T_, int64_t H, int64_t rotary, int64_t stride_t,
           int64_t stride_h, int64_t threads) {
-    for_rows(T_, H * rotary, threads, [&](int64_t t) {
+    for_rows(T_, H * rotary, 2e3, threads, [&](int64_t t) {
         for (int64_t h = 0; h < H; ++h)
             rotate(at<T>(x, t * stride_t + h * stride_h), at<T>(cos, t * rotary), at<T>(sin, t * rotary), rotary / 2);
     });
@@ -201,7 +199,7 @@ using megpt::kBFloat16;
 // out [R, D] contiguous, x [R, D] with rows x_stride apart, weight [D] or null; one dtype.
 MEGPT_EXPORT void megpt_rms_norm(void* out, const void* x, const void* weight, int64_t R, int64_t D,
                                  int64_t x_stride, float eps, int64_t style, int64_t dtype, int64_t threads) {
-    for_rows(R, D, threads, [&](int64_t r) {
+    for_rows(R, D, 6e3, threads, [&](int64_t r) {
         if (dtype == kBFloat16)
             megpt::rms_norm_row(at<bf16>(out, r * D), at<bf16>(x, r * x_stride), static_cast<const bf16*>(weight), D,
                                 eps, style);
@@ -214,7 +212,7 @@ MEGPT_EXPORT void megpt_rms_norm(void* out, const void* x, const void* weight, i
 // out [R, D] = activation(gate) * up, rows of gate and up stride apart; one dtype.
 MEGPT_EXPORT void megpt_gated(void* out, const void* gate, const void* up, int64_t R, int64_t D, int64_t gate_stride,
                               int64_t up_stride, int64_t kind, int64_t dtype, int64_t threads) {
-    for_rows(R, 4 * D, threads, [&](int64_t r) {
+    for_rows(R, D, 2e3, threads, [&](int64_t r) {
         if (dtype == kBFloat16)
             megpt::gated_row(at<bf16>(out, r * D), at<bf16>(gate, r * gate_stride), at<bf16>(up, r * up_stride), D,
                              kind);
@@ -236,7 +234,7 @@ MEGPT_EXPORT void megpt_rope(void* x, const void* cos, const void* sin, int64_t 
 // out [R] int64: where each row of x [R, D] is largest.
 MEGPT_EXPORT void megpt_argmax(int64_t* out, const void* x, int64_t R, int64_t D, int64_t x_stride, int64_t dtype,
                                int64_t threads) {
-    for_rows(R, D, threads, [&](int64_t r) {
+    for_rows(R, D, 6e3, threads, [&](int64_t r) {
         out[r] = dtype == kBFloat16 ? megpt::argmax(at<bf16>(x, r * x_stride), D)
                                     : megpt::argmax(at<float>(x, r * x_stride), D);
     });
@@ -245,7 +243,7 @@ MEGPT_EXPORT void megpt_argmax(int64_t* out, const void* x, int64_t R, int64_t D
 // out [R, D] float32 = log softmax of the rows of x [R, D].
 MEGPT_EXPORT void megpt_log_softmax(float* out, const void* x, int64_t R, int64_t D, int64_t x_stride, int64_t dtype,
                                     int64_t threads) {
-    for_rows(R, 4 * D, threads, [&](int64_t r) {
+    for_rows(R, D, 2e3, threads, [&](int64_t r) {
         if (dtype == kBFloat16)
             megpt::log_softmax_row(out + r * D, at<bf16>(x, r * x_stride), D);
         else
