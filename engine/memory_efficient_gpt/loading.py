@@ -193,7 +193,7 @@ def load_model(
 
 
 def eos_token_ids(model: PreTrainedModel, folder: Path | None) -> tuple[int, ...]:
-    """The tokens that end a text: those that the checkpoint's files name, else those of the model's config."""
+    """The tokens that end a text: what the checkpoint's files name, else what the model's config does."""
     found = read_eos_token_ids(folder) if folder is not None else ()
     own: int | list[int] | None = model.config.get_text_config().eos_token_id
     if found or own is None:
@@ -209,9 +209,8 @@ def _refuse_incomplete(folder: Path, report: dict[str, Any]) -> None:
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}."
         )
     if report.get("mismatched_keys"):
-        raise CheckpointError(
-            f"{folder}: weights have other shapes than config.json says: {sorted(report['mismatched_keys'])[:3]}."
-        )
+        some = sorted(report["mismatched_keys"])[:3]
+        raise CheckpointError(f"{folder}: weights have other shapes than config.json says: {some}.")
     unexpected: Sequence[str] = sorted(report.get("unexpected_keys", ()))
     if unexpected:
         logger.warning("%s: %d weights are not used by this architecture", folder, len(unexpected))

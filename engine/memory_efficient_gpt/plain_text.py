@@ -66,8 +66,11 @@ class PlainTextEncoder:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, in which `aliases` stand for control tokens. Raises InvalidRequestError."""
-        encoding = self._front.encode(text, add_special_tokens=False)
-        cuts = [] if self._in_model.isdisjoint(encoding.ids) else self._forgeries(encoding, text)
+        # encode_batch lets other threads run meanwhile and encode does not; _fast leaves offsets out.
+        (encoding,) = self._front.encode_batch_fast([text], add_special_tokens=False)
+        cuts: list[int] = []
+        if not self._in_model.isdisjoint(encoding.ids):
+            cuts = self._forgeries(*self._front.encode_batch([text], add_special_tokens=False), text)
         if not cuts:
             return [self._ids.get(token_id, token_id) for token_id in encoding.ids]
         ids: list[int] = []

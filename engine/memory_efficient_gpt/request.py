@@ -7,7 +7,6 @@ Invariant: `SamplingParams` is immutable and, once `validate`d, safe for every l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -140,9 +139,9 @@ _INT_LIMITS: Final = (
 
 
 def _require_number(name: str, value: object, low: float, high: float) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or not low <= value <= high:  # type: ignore[operator]  # narrowed by `ok`
-        raise InvalidRequestError(f"{name} must be a number from {low} to {high}, got {value!r}.", param=name)
+    # a comparison with NaN is False, and integers too large for a float still compare
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InvalidRequestError(f"{name} must be a number from {low} to {high}, got {_short(value)}.", param=name)
 
 
 def _require_int(name: str, value: object, low: int, high: int) -> None:

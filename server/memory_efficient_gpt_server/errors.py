@@ -126,7 +126,7 @@ _KINDS: Final[dict[type[BaseException], ErrorKind]] = {
     ClientDisconnectedError: ErrorKind(STATUS_CLIENT_CLOSED, "client_closed_request"),
     StreamStalledError: ErrorKind(STATUS_CLIENT_CLOSED, "client_closed_request"),
     ConfigError: ErrorKind(500, "server_error"),
-    EngineFailedError: ErrorKind(500, "server_error"),
+    EngineFailedError: ErrorKind(503, "service_unavailable_error"),  # the worker is being restarted
     SamplingFailedError: ErrorKind(500, "server_error"),
     OverloadedError: ErrorKind(503, "service_unavailable_error"),
     ModelLoadError: ErrorKind(503, "service_unavailable_error"),

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from memory_efficient_gpt.config import EngineConfig
-from memory_efficient_gpt.errors import CheckpointError
+from memory_efficient_gpt.errors import CheckpointError, InvalidRequestError
 from memory_efficient_gpt.loading import resolve_model
+from memory_efficient_gpt.request import SamplingParams
 from memory_efficient_gpt.tokenizer import Tokenizer
 from memory_efficient_gpt_server.models import ModelCatalog, ServedModel
 from memory_efficient_gpt_server.settings import ModelSettings, Settings
@@ -68,11 +68,17 @@ def generation_defaults(folder: Path) -> dict[str, float]:
         raise CheckpointError(f"{path} can't be read: {error}. Download the model again.") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} must hold a JSON object. Download the model again.")
-    return {
-        name: value
-        for name in _SAMPLING_DEFAULTS
-        if isinstance(value := raw.get(name), int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and (name != "top_k" or value >= 1)  # transformers writes 0 for "all"
-    }
+    named = {name: raw[name] for name in _SAMPLING_DEFAULTS if raw.get(name) is not None}
+    if named.get("top_k") == 0:  # transformers' way to say "all"
+        del named["top_k"]
+    return {name: value for name, value in named.items() if _usable(path, name, value)}
+
+
+def _usable(path: Path, name: str, value: Any) -> bool:
+    """Whether a recommendation is one that a request could make; a client must not be blamed for it."""
+    try:
+        SamplingParams(**{name: value}).validate(vocab_size=1)
+    except InvalidRequestError as error:
+        logger.warning("%s: %s is left out: %s", path, name, error.message)
+        return False
+    return True

@@ -34,6 +34,8 @@ from memory_efficient_gpt.errors import ConfigError
 
 ENV_PREFIX: Final = "MEGPT_"
 CONFIG_FILE_ENV: Final = "MEGPT_CONFIG"
+NO_SETTINGS: Final = frozenset({CONFIG_FILE_ENV, "MEGPT_CACHE_DIR", "MEGPT_NATIVE_ISA"})
+"""Variables with the prefix that others read: the settings file's path; the native kernels' build."""
 MODEL_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LEAST_KEY_CHARACTERS: Final = 16
 _HASHED_KEY: Final = re.compile(r"sha256:([0-9a-f]{64})")
@@ -302,7 +304,7 @@ def _read_yaml(path: Path | None, problems: list[str]) -> dict[str, Any]:
 def _read_environ(environ: Mapping[str, str], problems: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for variable, value in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_FILE_ENV:
+        if not variable.startswith(ENV_PREFIX) or variable in NO_SETTINGS:
             continue
         name = variable.removeprefix(ENV_PREFIX).lower()
         if name not in Settings.model_fields:

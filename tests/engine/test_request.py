@@ -18,6 +18,7 @@ WRONG: list[tuple[str, Any]] = [
     ("temperature", math.inf),
     ("temperature", True),
     ("temperature", "1"),
+    ("temperature", 10**400),
     ("top_p", 1.01),
     ("min_p", -1),
     ("top_k", 0),

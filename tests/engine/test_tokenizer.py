@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings
+from hypothesis import assume, strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
@@ -108,7 +108,8 @@ def template_ids(family: str, messages: list[dict[str, Any]], **kwargs: Any) -> 
 def test_harmless_conversation_equals_apply_chat_template(
     family: str, texts: list[str], prompt: bool
 ) -> None:
-    messages = [{"role": "user", "content": text} for text in texts if not names_control(text)]
+    assume(not any(names_control(text) for text in texts))
+    messages = [{"role": "user", "content": text} for text in texts]
     ours = tokenizer(family).apply_chat_template(messages, prompt)
     assert ours == template_ids(family, messages, add_generation_prompt=prompt)
 

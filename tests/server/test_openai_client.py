@@ -102,7 +102,8 @@ def test_streams_of_several_choices_keep_them_apart(live: LiveServer) -> None:
     texts: dict[int, str] = {}
     ends: list[int] = []
     for chunk in stream:
-        ends += [choice.index for choice in chunk.choices if choice.finish_reason]
+        reason: str | None = chunk.choices[0].finish_reason
+        ends += [chunk.choices[0].index] if reason else []
         texts[chunk.choices[0].index] = texts.get(chunk.choices[0].index, "") + chunk.choices[0].text
     assert texts == {i: ("a" if i < 3 else "b") + ANSWER for i in range(6)}
     assert sorted(ends) == list(range(6))

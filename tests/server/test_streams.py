@@ -217,7 +217,6 @@ def test_draining_ends_what_takes_too_long_with_an_error(serve: Serve, answer_id
         assert live.engine.num_running == 0
 
 
-@pytest.mark.xfail(reason="Tokenizer.encode holds the interpreter's lock: needs tokenizers' encode_batch")
 def test_long_texts_do_not_hold_up_the_event_loop(live: LiveServer) -> None:
     text = "The old house stood. " * 60_000
     with live.client() as client, live.client() as other:

@@ -14,11 +14,20 @@ import torch
 DTYPE_CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
-def rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Size]:
-    """x `[..., D]` as `[R, D]` with adjacent elements (a view where that is possible), and `...`."""
-    shape = x.shape
-    rows = x if x.dim() == 2 else x.reshape(-1, shape[-1])
-    return (rows if rows.stride(1) == 1 else rows.contiguous()), shape[:-1]
+def rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
+    """x `[..., D]` as R rows of D adjacent elements: (tensor to point at, R, D, elements from row to row)."""
+    size: int = x.shape[-1]
+    if x.is_contiguous() and size:
+        return x, x.numel() // size, size, size
+    flat = x if x.dim() == 2 else x.reshape(-1, size)
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    return flat, flat.shape[0], size, flat.stride(0)
+
+
+def alike(x: torch.Tensor) -> torch.Tensor:
+    """An uninitialised contiguous tensor of x's shape and dtype."""
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype)
 
 
 def last_contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -27,13 +36,14 @@ def last_contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def float_code(x: torch.Tensor) -> int:
-    """Number of a float dtype in the C interface. Raises ValueError."""
+    """Number of a float dtype in the C interface. Raises ValueError, also for another device than the CPU."""
     dtype = x.dtype
-    if dtype is torch.bfloat16:
-        return 1
-    if dtype is torch.float32:
-        return 0
-    raise ValueError(f"native kernels compute in float32 or bfloat16, got {describe(x)}")
+    if x.is_cpu:
+        if dtype is torch.bfloat16:
+            return 1
+        if dtype is torch.float32:
+            return 0
+    raise ValueError(f"native kernels compute in float32 or bfloat16 on the CPU, got {describe(x)}")
 
 
 def per_head(name: str, values: torch.Tensor | None, heads: int) -> torch.Tensor | None:
@@ -82,4 +92,5 @@ def check_step(block_tables: torch.Tensor, query_starts: torch.Tensor, context_l
 
 def describe(x: torch.Tensor) -> str:
     """Dtype and shape, for a message."""
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+    device = "" if x.is_cpu else f" on {x.device}"
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}{device}"

@@ -22,6 +22,7 @@ import torch
 from memory_efficient_gpt.native.build import Isa, NativeLibrary, Unavailable, load_library
 from memory_efficient_gpt.native.checks import (
     DTYPE_CODES,
+    alike,
     check_cache,
     check_step,
     describe,
@@ -115,25 +116,25 @@ class Kernels:
 
         Raises ValueError for other shapes, dtypes that differ, or a weight that is not contiguous.
         """
-        flat, lead = rows(x)
+        flat, m, size, stride = rows(x)
         n, k = weight.shape
-        if flat.shape[1] != k or weight.dtype is not x.dtype or not weight.is_contiguous():
+        if size != k or weight.dtype is not x.dtype or not weight.is_contiguous():
             raise ValueError(
                 f"linear needs x [..., {k}] and a contiguous weight [N, {k}] of one dtype; "
                 f"got {describe(x)} and {describe(weight)}"
             )
         if bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or bias.stride(0) != 1):
             raise ValueError(f"linear needs a contiguous bias [{n}] of {x.dtype}, got {describe(bias)}")
-        out = torch.empty((*lead, n), dtype=x.dtype)
+        out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
         self._linear(
             out.data_ptr(),
             flat.data_ptr(),
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
-            flat.shape[0],
+            m,
             n,
             k,
-            flat.stride(0),
+            stride,
             float_code(x),
             self._threads(),
         )
@@ -150,20 +151,19 @@ class Kernels:
 
         `style` says where a bfloat16 result is rounded. Raises ValueError for other shapes or dtypes.
         """
-        flat, lead = rows(x)
-        d = flat.shape[1]
+        flat, r, d, stride = rows(x)
         if weight is not None and (
             weight.dtype is not x.dtype or weight.shape != (d,) or weight.stride(0) != 1
         ):
             raise ValueError(f"rms_norm needs a contiguous weight [{d}] of {x.dtype}, got {describe(weight)}")
-        out = torch.empty((*lead, d), dtype=x.dtype)
+        out = alike(x)
         self._rms_norm(
             out.data_ptr(),
             flat.data_ptr(),
             None if weight is None else weight.data_ptr(),
-            flat.shape[0],
+            r,
             d,
-            flat.stride(0),
+            stride,
             eps,
             _NORM_STYLES[style],
             float_code(x),
@@ -173,20 +173,19 @@ class Kernels:
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
         """activation(gate) * up for `[..., D]`, rounded to the dtype in between as torch would."""
-        gate_rows, lead = rows(gate)
-        up_rows, _ = rows(up)
+        gate_rows, r, d, gate_stride = rows(gate)
+        up_rows, _, _, up_stride = rows(up)
         if gate.shape != up.shape or gate.dtype is not up.dtype:
             raise ValueError(f"gated needs two tensors alike, got {describe(gate)} and {describe(up)}")
-        r, d = gate_rows.shape
-        out = torch.empty((*lead, d), dtype=gate.dtype)
+        out = alike(gate)
         self._gated(
             out.data_ptr(),
             gate_rows.data_ptr(),
             up_rows.data_ptr(),
             r,
             d,
-            gate_rows.stride(0),
-            up_rows.stride(0),
+            gate_stride,
+            up_stride,
             _ACTIVATIONS[activation],
             float_code(gate),
             self._threads(),
@@ -223,16 +222,16 @@ class Kernels:
 
     def argmax(self, x: torch.Tensor) -> torch.Tensor:
         """Where each row of x `[R, D]` is largest, `[R] int64`; as torch.argmax for ties (first) and NaN."""
-        flat, lead = rows(x)
-        if flat.shape[1] == 0:
+        flat, r, d, stride = rows(x)
+        if d == 0:
             raise ValueError(f"argmax needs at least one column, got {describe(x)}")
-        out = torch.empty(lead, dtype=torch.int64)
+        out = torch.empty(x.shape[:-1], dtype=torch.int64)
         self._argmax(
             out.data_ptr(),
             flat.data_ptr(),
-            flat.shape[0],
-            flat.shape[1],
-            flat.stride(0),
+            r,
+            d,
+            stride,
             float_code(x),
             self._threads(),
         )
@@ -240,14 +239,14 @@ class Kernels:
 
     def log_softmax(self, x: torch.Tensor) -> torch.Tensor:
         """Log softmax over the last dimension of x `[..., D]`, in float32."""
-        flat, lead = rows(x)
-        out = torch.empty((*lead, flat.shape[1]), dtype=torch.float32)
+        flat, r, d, stride = rows(x)
+        out = torch.empty(x.shape, dtype=torch.float32)
         self._log_softmax(
             out.data_ptr(),
             flat.data_ptr(),
-            flat.shape[0],
-            flat.shape[1],
-            flat.stride(0),
+            r,
+            d,
+            stride,
             float_code(x),
             self._threads(),
         )

@@ -258,7 +258,7 @@ def test_what_does_not_fit_is_refused_by_name(kernels: Kernels) -> None:
         kernels.linear(x[:, :7], weight)
     with pytest.raises(ValueError, match="one dtype"):
         kernels.linear(x.bfloat16(), weight)
-    with pytest.raises(ValueError, match="float32 or bfloat16, got float16"):
+    with pytest.raises(ValueError, match="float32 or bfloat16 on the CPU, got float16"):
         kernels.linear(x.half(), weight.half())
     with pytest.raises(ValueError, match="contiguous weight"):
         kernels.linear(draw(2, 4), weight.t())

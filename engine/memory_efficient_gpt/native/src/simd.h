@@ -91,11 +91,7 @@ inline Vf rounded(Vf x);
 template <>
 inline Vf rounded<float>(Vf x) { return x; }
 template <>
-inline Vf rounded<bf16>(Vf x) {
-    bf16 held[W];
-    store(held, x);
-    return load(held);
-}
+inline Vf rounded<bf16>(Vf x) { return round_to_bf16(x); }
 
 // exp(x) to about 1 ulp; exactly 0 below -87.34 (the least normal result), so exp(-inf) is 0; NaN is kept.
 // Method: 2^n * p(r), r = x - n ln 2 in two steps, |r| <= ln(2)/2, p the Taylor polynomial of degree 7.

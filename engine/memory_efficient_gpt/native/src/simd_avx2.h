@@ -40,15 +40,19 @@ inline Vf load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 inline void store(float* p, Vf v) { _mm256_storeu_ps(p, v); }
-inline void store(bf16* p, Vf v) {
+inline __m256i bf16_bits(Vf v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i bumped = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    const __m256i high = _mm256_blendv_epi8(_mm256_srli_epi32(bumped, 16), _mm256_set1_epi32(0x7fc0), nan);
+    return _mm256_blendv_epi8(_mm256_srli_epi32(bumped, 16), _mm256_set1_epi32(0x7fc0), nan);
+}
+inline void store(bf16* p, Vf v) {
+    const __m256i high = bf16_bits(v);
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
+inline Vf round_to_bf16(Vf v) { return _mm256_castsi256_ps(_mm256_slli_epi32(bf16_bits(v), 16)); }
 inline void store(int8_t* p, Vf v) {
     const __m256i whole = _mm256_cvtps_epi32(v);
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));

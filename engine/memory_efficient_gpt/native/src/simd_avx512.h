@@ -46,6 +46,7 @@ inline __m512i bf16_bits(Vf v) {
 inline void store(bf16* p, Vf v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_bits(v)));
 }
+inline Vf round_to_bf16(Vf v) { return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(v), 16)); }
 inline void store(int8_t* p, Vf v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
 }

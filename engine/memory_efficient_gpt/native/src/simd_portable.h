@@ -44,6 +44,10 @@ inline void store(float* p, Vf v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bf16* p, Vf v) {
     for (int i = 0; i < W; ++i) p[i] = to_bf16(v[i]);
 }
+inline Vf round_to_bf16(Vf v) {
+    for (int i = 0; i < W; ++i) v[i] = to_float(to_bf16(v[i]));
+    return v;
+}
 inline void store(int8_t* p, Vf v) {
     const Vf whole = round(v);
     for (int i = 0; i < W; ++i) p[i] = static_cast<int8_t>(whole[i] > 127 ? 127 : whole[i] < -128 ? -128 : whole[i]);
