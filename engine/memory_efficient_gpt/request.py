@@ -141,7 +141,9 @@ _INT_LIMITS: Final = (
 def _require_number(name: str, value: object, low: float, high: float) -> None:
     # a comparison with NaN is False, and integers too large for a float still compare
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InvalidRequestError(f"{name} must be a number from {low} to {high}, got {_short(value)}.", param=name)
+        raise InvalidRequestError(
+            f"{name} must be a number from {low} to {high}, got {_short(value)}.", param=name
+        )
 
 
 def _require_int(name: str, value: object, low: int, high: int) -> None:

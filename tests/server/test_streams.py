@@ -128,7 +128,8 @@ def test_an_error_in_a_stream_is_its_last_event(serve: Serve, answer_ids: list[i
     with serve(engine) as live, live.client() as client:
         response = client.post("/v1/chat/completions", json={**CHAT_BODY, "stream": True})
         *chunks, last = events_of(response.text)
-        error = {"message": "It died. Retry.", "type": "server_error", "param": None, "code": "engine_failed"}
+        kind = "service_unavailable_error"
+        error = {"message": "It died. Retry.", "type": kind, "param": None, "code": "engine_failed"}
         assert response.status_code == 200 and json.loads(last) == {"error": error}
         assert len(chunks) >= 4 and "[DONE]" not in response.text
         assert live.server.admission.sequences == 0
