@@ -165,8 +165,7 @@ def _native_kernels() -> Iterator[Finding]:
             "native kernels", "state", f"not built, torch is used: {kernels.reason}", Verdict.WARNING
         )
         return
-    openmp = kernels.library.openmp or "none: one thread"
-    yield Finding("native kernels", "state", f"built for {kernels.isa}, OpenMP: {openmp}")
+    yield Finding("native kernels", "state", f"built for {kernels.isa}")
     yield Finding("native kernels", "cache", str(cache_folder()))
 
 
