@@ -84,7 +84,8 @@ class Peer:
     _process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
-        """Start the process and wait until it has loaded. Raises RuntimeError with its last words."""
+        """Start the process and wait until it has loaded. Raises RuntimeError if it ends instead."""
+        assert self._process is None, f"{self.name} runs already"
         self._process = subprocess.Popen(
             [sys.executable, "-m", self.module, *self.arguments],
             stdin=subprocess.PIPE,

@@ -67,7 +67,8 @@ def compare(conditions: Conditions, arms: list[Arm], targets: dict[str, Target],
     checkpoint = ensure_checkpoint("tinyllama", conditions.cache)
     available = peers(checkpoint, conditions.threads)
     with ExitStack() as running:
-        used = {name: running.enter_context(available[name]) for _, name, _ in arms if name in available}
+        wanted = dict.fromkeys(peer for _, peer, _ in arms if peer in available)
+        used = {name: running.enter_context(available[name]) for name in wanted}
         measured = interleaved(
             {name: _call(used[peer], mode, clients) for name, peer, mode in arms if peer in used},
             conditions.repetitions,

@@ -70,7 +70,8 @@ class PlainTextEncoder:
         (encoding,) = self._front.encode_batch_fast([text], add_special_tokens=False)
         cuts: list[int] = []
         if not self._in_model.isdisjoint(encoding.ids):
-            cuts = self._forgeries(*self._front.encode_batch([text], add_special_tokens=False), text)
+            (located,) = self._front.encode_batch([text], add_special_tokens=False)
+            cuts = self._forgeries(located, text)
         if not cuts:
             return [self._ids.get(token_id, token_id) for token_id in encoding.ids]
         ids: list[int] = []
