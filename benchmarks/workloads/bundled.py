@@ -67,7 +67,7 @@ def prompt_seen_before(conditions: Conditions) -> Outcome:
         facts = {"ours": peer.facts}
     note = f"{spread(first)} s, then {spread(second)} s"
     figure = Figure(
-        "first token, second / first time", ratio(second, first), "x", Target(0.1, "at most"), note
+        "first token, second / first time", ratio(second, first), "x", Target(0.15, "at most"), note
     )
     runs = [{"first_s": a, "second_s": b} for a, b in zip(first, second, strict=True)]
     return Outcome([figure], facts, {"ours": runs})

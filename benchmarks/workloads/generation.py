@@ -45,9 +45,9 @@ def eight_clients(conditions: Conditions) -> Outcome:
         ("llama.cpp parallel", "llama.cpp", "parallel"),
     ]
     targets = {
-        "transformers one by one": Target(4.0),
-        "transformers static batch": Target(1.0),
-        "llama.cpp parallel": Target(1.0),
+        "transformers one by one": Target(3.0),
+        "transformers static batch": Target(1.2),
+        "llama.cpp parallel": Target(0.9),
     }
     return compare(conditions, arms, targets, clients=8)
 
@@ -59,7 +59,7 @@ def one_client(conditions: Conditions) -> Outcome:
         ("transformers", "transformers", "one_by_one"),
         ("llama.cpp", "llama.cpp", "parallel"),
     ]
-    return compare(conditions, arms, {"transformers": Target(1.0), "llama.cpp": Target(1.0)}, clients=1)
+    return compare(conditions, arms, {"transformers": Target(1.2), "llama.cpp": Target(0.9)}, clients=1)
 
 
 def compare(conditions: Conditions, arms: list[Arm], targets: dict[str, Target], clients: int) -> Outcome:

@@ -148,7 +148,7 @@ class Settings(BaseSettings):
         0.02,
         ge=0,
         le=1,
-        description="least time between writes of a stream while more than 8 run, in seconds",
+        description="least time between writes of a stream while more than 4 run, in seconds",
     )
     drain_seconds: float = Field(30.0, ge=0, description="time for running requests at shutdown, in seconds")
     tokenizer_threads: int = Field(1, ge=1, le=64, description="threads that tokenize long texts")

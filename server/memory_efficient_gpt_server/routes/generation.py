@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 UNSTATED_OUTPUT_TOKENS: Final = 1024
 """What a sequence is charged at admission if the request sets no limit to its output."""
 
-MOST_UNHURRIED_STREAMS: Final = 8
+MOST_UNHURRIED_STREAMS: Final = 4
 """With so many requests at once or fewer, every token is written when it comes."""
 
 _LAST_WRITE_TIMEOUT_S: Final = 5.0
