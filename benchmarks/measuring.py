@@ -2,8 +2,7 @@
 
 Purpose: `interleaved` runs, `Figure`s with targets, and what a workload gets and gives.
 Does not know: engines, files, the terminal.
-Invariant: a ratio compares runs of the same repetition only, made next to each other in time, with the
-same prompts; every raw number is kept.
+Invariant: a ratio compares runs that took turns, with the same prompts; every raw number is kept.
 """
 
 from __future__ import annotations
@@ -99,9 +98,15 @@ def interleaved(
     return results
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """The median over repetitions of the ratio within one: what disturbs both arms cancels out."""
-    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+def ratio_of_best(
+    numerators: Sequence[float], denominators: Sequence[float], *, best: Callable[[Sequence[float]], float]
+) -> float:
+    """The best of one arm by the best of the other. best: max for rates, min for times.
+
+    Other work on the machine only ever slows a run down, and not both arms alike (threads that spin while
+    they wait suffer most), so the best of several is the nearest to what the engines do undisturbed.
+    """
+    return best(numerators) / best(denominators)
 
 
 def spread(values: Sequence[float]) -> str:

@@ -155,7 +155,7 @@ def _build_unpacked(
     eos = eos_token_ids(model, folder)
     runner = TransformersRunner(model, device=device, end_ids=eos)
     info = _info(model, decision, name, device, max_len, eos, None, None, notes)
-    scheduler_config = SchedulerConfig(max_num_seqs=1, max_batched_tokens=max_len, forks=False)
+    scheduler_config = SchedulerConfig(max_num_seqs=1, max_batched_tokens=max_len, forks=False, chunks=False)
     allocator = BlockAllocator(num_blocks, block_size, prefix_cache=False)
     return Parts(info, runner, allocator, scheduler_config, overlap=False)
 

@@ -59,6 +59,10 @@ def _cgroup_headroom() -> int:
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        stat = Path("/sys/fs/cgroup/memory.stat").read_text()
     except OSError:
         return 2**63
-    return max(0, int(limit) - used) if limit != "max" else 2**63
+    if limit == "max":
+        return 2**63
+    cached = int(dict(line.split() for line in stat.splitlines()).get("inactive_file", 0))
+    return max(0, int(limit) - used + cached)  # page cache counts as used, and goes when memory is needed

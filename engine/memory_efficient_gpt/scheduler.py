@@ -34,6 +34,7 @@ class SchedulerConfig:
     max_batched_tokens: int
     window: int | None = None
     forks: bool = True
+    chunks: bool = True
     variant: str = ""
 
 
@@ -144,7 +145,7 @@ class Scheduler:
 
     def _chunk_limit(self, room: int, *, others: bool) -> int:
         """Tokens one sequence may take: all of the room alone, a quarter of a step beside others."""
-        if not others and not len(self._waiting):
+        if not self._config.chunks or (not others and not len(self._waiting)):
             return room
         return min(room, max(self._config.max_batched_tokens // 4, self._allocator.block_size))
 
@@ -267,16 +268,17 @@ class Scheduler:
         seq.num_scheduled = seq.num_committed = num_tokens
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = num_tokens
+            self._waiting.charge(seq.request.client, prompt_tokens=seq.prompt_len - num_tokens)
         self.stats.prefix_queries_tokens += seq.total_len
         self.stats.prefix_hits_tokens += num_tokens
 
     def _preempt(self, seq: Sequence) -> None:
         """Take a sequence's blocks; what it has generated stays and becomes part of its prompt."""
         self.stats.num_preemptions += 1
+        if seq.num_scheduled < seq.prompt_len:  # else what is missing is in flight, and still counts
+            seq.prompt_logprobs = None
         self._leave(seq)
         seq.status = Status.WAITING
-        if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) < seq.prompt_len:
-            seq.prompt_logprobs = None
         self._waiting.add_preempted(seq)
 
     def _leave(self, seq: Sequence) -> None:
@@ -291,15 +293,14 @@ class Scheduler:
 
     def _commit_chunk(self, chunk: Chunk, prompt_logprobs: list[TokenLogprob] | None) -> None:
         seq = chunk.seq
-        if seq.epoch != chunk.epoch or seq.status is not Status.RUNNING:
+        stale = seq.epoch != chunk.epoch
+        if prompt_logprobs and (not stale or chunk.start + chunk.num_tokens >= seq.prompt_len):
+            seq.prompt_logprobs = [*(seq.prompt_logprobs or [None]), *prompt_logprobs]
+        elif chunk.prompt_logprobs is not None and seq.prompt_len == 1:
+            seq.prompt_logprobs = [None]
+        if stale or seq.status is not Status.RUNNING:
             return  # preempted, finished or aborted since it was planned
         seq.num_committed = max(seq.num_committed, chunk.start + chunk.num_tokens)
-        prompt_part = max(0, min(chunk.start + chunk.num_tokens, seq.prompt_len) - chunk.start)
-        self._waiting.charge(seq.request.client, prompt_tokens=prompt_part)
-        if prompt_logprobs is not None:
-            if seq.prompt_logprobs is None:
-                seq.prompt_logprobs = [None]
-            seq.prompt_logprobs.extend(prompt_logprobs)
         self._register_full_blocks(seq)
         if self._config.window is not None:
             self._drop_outside_window(seq, self._config.window)
@@ -332,6 +333,7 @@ class Scheduler:
                 self.stats.prompt_tokens += seq.prompt_len
         token = outcome.token_ids[number]
         if not outcome.ok[number]:
+            self._allocator.forget(seq.block_keys)
             return self._end(seq, event, FinishReason.ERROR)
         if self._is_stop(seq, token):
             event.stop_token_id = token

@@ -77,6 +77,7 @@ class _Generation:
                     generation_config=config,
                     logits_processor=LogitsProcessorList([self._exchange]),
                 )
+            raise RuntimeError("transformers ended a generation that the engine still needs")
         except _Stopped:
             return
         except BaseException as error:  # noqa: BLE001  thread boundary: delivered to the waiting engine

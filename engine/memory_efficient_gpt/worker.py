@@ -168,7 +168,7 @@ class Worker:
     def __init__(self, channel: FrameChannel, engine: StepEngine) -> None:
         self._channel = channel
         self._engine = engine
-        self._open: dict[str, int] = {}  # request id -> sequences not ended yet
+        self._open: dict[str, set[int]] = {}  # request id -> its sequences that have not ended
         self._draining = False
         self._closing = False
         self._step_times_s: deque[float] = deque(maxlen=STEP_TIMES_KEPT)
@@ -211,7 +211,7 @@ class Worker:
                 self._submit(request)
             case Abort(request_id, index):
                 self._engine.abort(request_id, index)
-                self._ended(request_id, all_of_it=index is None)
+                self._ended(request_id, index)
                 self._stats_stale, self._stats_due_s = True, 0.0
             case Ping(nonce):
                 self._channel.send(encode(Pong(nonce)))
@@ -228,7 +228,7 @@ class Worker:
             if self._draining:
                 raise OverloadedError("The model is being shut down. Try again later.")
             self._engine.submit(request)
-            self._open[request.id] = request.params.n
+            self._open[request.id] = set(range(request.params.n))
             return
         except MegptError as refusal:
             error = refusal
@@ -251,7 +251,7 @@ class Worker:
         self._stats_stale = True
         for event in events:
             if event.finish_reason is not None:
-                self._ended(event.request_id)
+                self._ended(event.request_id, event.index)
         if events:
             self._send_events(events)
         self._report_stats(now=ended)
@@ -280,8 +280,8 @@ class Worker:
         self._send_events(
             [
                 _error_event(request_id, index, EngineFailedError(reason))
-                for request_id, num_sequences in lost.items()
-                for index in range(num_sequences)
+                for request_id, indices in lost.items()
+                for index in sorted(indices)
             ]
         )
         if recoverable:
@@ -292,12 +292,11 @@ class Worker:
             self._channel.flush(timeout_s=LAST_WORDS_S)
         return recoverable
 
-    def _ended(self, request_id: str, *, all_of_it: bool = False) -> None:
-        remaining = self._open.get(request_id, 0) - 1
-        if all_of_it or remaining <= 0:
+    def _ended(self, request_id: str, index: int | None) -> None:
+        still_open = self._open.get(request_id, set())
+        still_open.discard(index) if index is not None else still_open.clear()
+        if not still_open:
             self._open.pop(request_id, None)
-        else:
-            self._open[request_id] = remaining
 
     def _send_events(self, events: list[SequenceEvent]) -> None:
         for frame in encode_events(events):

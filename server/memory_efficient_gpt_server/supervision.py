@@ -19,6 +19,10 @@ STEADY_AFTER_S: Final = 60.0
 LEAST_STALL_S: Final = 10.0
 STALL_STEPS: Final = 20.0
 KILL_AFTER_STALLS: Final = 2.5
+LEAST_LOAD: Final = 0.05
+"""Share of a core above which a process counts as computing."""
+LONGEST_STEP_S: Final = 600.0
+"""A step that computes longer than this is not slow but endless."""
 
 
 class RestartRule:
@@ -45,11 +49,16 @@ class RestartRule:
 
 
 class StallRule:
-    """A worker is stuck if it has work and its step counter has not moved for max(10 s, 20 x p99 step)."""
+    """A worker is stuck if it has work and its step counter has not moved for max(10 s, 20 x p99 step).
+
+    Being stuck makes it unready. It is beyond hope only if it does not compute either: a first step may
+    be a long prompt through a large model on a slow machine, and killing that would only start it again.
+    """
 
     def __init__(self, now_s: float) -> None:
-        self._moved_s = now_s
+        self._moved_s = self._computed_s = self._observed_s = now_s
         self._steps = -1
+        self._cpu_s = 0.0
         self.limit_s = LEAST_STALL_S
 
     def moved(self, now_s: float) -> None:
@@ -66,6 +75,13 @@ class StallRule:
         """Whether a worker that has work is stuck."""
         return now_s - self._moved_s > self.limit_s
 
+    def observed(self, cpu_s: float, now_s: float) -> None:
+        """It has used this much processor time in all."""
+        if cpu_s - self._cpu_s > LEAST_LOAD * (now_s - self._observed_s):
+            self._computed_s = now_s
+        self._cpu_s, self._observed_s = cpu_s, now_s
+
     def beyond_hope(self, now_s: float) -> bool:
-        """Whether it has been stuck for so long that it should be killed."""
-        return now_s - self._moved_s > KILL_AFTER_STALLS * self.limit_s
+        """Whether it has been stuck for so long, and idle, that it should be killed."""
+        idle_s = now_s - max(self._moved_s, self._computed_s)
+        return idle_s > KILL_AFTER_STALLS * self.limit_s or now_s - self._moved_s > LONGEST_STEP_S

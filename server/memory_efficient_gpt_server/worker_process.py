@@ -123,6 +123,15 @@ class WorkerProcess(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(frame)
 
+    def cpu_seconds(self) -> float:
+        """Processor time that the worker has used; 0 where /proc does not tell."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return 0.0
+        user, system = stat.rpartition(")")[2].split()[11:13]  # fields 14 and 15; the name may hold spaces
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def kill(self) -> None:
         """SIGKILL. `ended` follows."""
         if self._exit_code is None:

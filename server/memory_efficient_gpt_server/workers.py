@@ -278,7 +278,9 @@ class WorkerModel:
         self._set_state(ModelState.FAILED, reason)
 
     def _kill_if_beyond_hope(self, process: WorkerProcess) -> None:
-        if self._streams and self._stall_rule.beyond_hope(time.monotonic()):
+        now_s = time.monotonic()
+        self._stall_rule.observed(process.cpu_seconds(), now_s)
+        if self._streams and self._stall_rule.beyond_hope(now_s):
             logger.error(
                 "The worker of %s has made no step for too long with work aboard; killing it.", self.name
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from benchmarks.cpu import WORKLOADS, markdown
-from benchmarks.measuring import Figure, Target, interleaved, random_prompts, ratio
+from benchmarks.measuring import Figure, Target, interleaved, random_prompts, ratio_of_best
 
 
 def test_arms_take_turns_in_alternating_order_and_the_first_repetition_is_dropped() -> None:
@@ -15,9 +15,9 @@ def test_arms_take_turns_in_alternating_order_and_the_first_repetition_is_droppe
     assert results == {"a": [("a", 0), ("a", 1)], "b": [("b", 0), ("b", 1)]}
 
 
-def test_ratio_pairs_the_runs_of_one_repetition() -> None:
-    """All of the second repetition's runs were slowed down alike: the ratio does not see it."""
-    assert ratio([100.0, 10.0, 100.0], [50.0, 5.0, 50.0]) == 2.0
+def test_a_disturbed_run_does_not_change_the_ratio() -> None:
+    assert ratio_of_best([100.0, 10.0, 99.0], [48.0, 50.0, 49.0], best=max) == 2.0
+    assert ratio_of_best([2.0, 9.0], [1.0, 1.1], best=min) == 2.0
 
 
 def test_prompts_repeat_within_a_repetition_and_differ_between_them() -> None:

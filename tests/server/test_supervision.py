@@ -50,3 +50,21 @@ def test_a_stuck_worker_is_killed_within_thirty_seconds() -> None:
     rule = StallRule(0.0)
     assert not rule.beyond_hope(11.0)
     assert rule.beyond_hope(30.0)
+
+
+def test_a_worker_that_computes_is_slow_and_not_killed_for_ten_minutes() -> None:
+    rule = StallRule(0.0)
+    for second in range(1, 600):
+        rule.observed(cpu_s=0.9 * second, now_s=second)
+        assert not rule.beyond_hope(second)
+    assert rule.stalled(599.0)  # but it is not ready meanwhile
+    rule.observed(cpu_s=541.0, now_s=601.0)
+    assert rule.beyond_hope(601.0)
+
+
+def test_a_worker_that_stops_to_compute_is_killed() -> None:
+    rule = StallRule(0.0)
+    rule.observed(cpu_s=20.0, now_s=20.0)
+    rule.observed(cpu_s=20.0, now_s=40.0)
+    assert not rule.beyond_hope(44.0)
+    assert rule.beyond_hope(46.0)

@@ -147,6 +147,17 @@ class BlockAllocator:
         """How many of `blocks` have no owner: sharing those uses up free room."""
         return sum(1 for block in blocks if self._refcounts[block] == 0)
 
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Make the blocks of these keys unfindable: their content is not to be trusted."""
+        for key in keys:
+            block = self._by_key.get(key)
+            if block is None:
+                continue
+            self._forget(block)
+            if block in self._evictable:
+                del self._evictable[block]
+                self._free.append(block)
+
     def clear_cache(self) -> None:
         """Forget all cached content; blocks without an owner become plainly free."""
         self._free.extend(self._evictable)
