@@ -123,7 +123,7 @@ class Engine:
             self._scheduler.check_integrity()
         self._rest_if_idle()
         if step is not None or events:
-            self._account(time.perf_counter() - started, device_s)
+            self._account(time.perf_counter() - started, device_s, computed=step is not None)
         return events
 
     def stats(self) -> EngineStats:
@@ -149,7 +149,9 @@ class Engine:
         prompt = request.prompt_token_ids
         if not prompt:
             raise InvalidRequestError("the prompt is empty; give at least one token.", param="prompt")
-        for token_id in prompt:
+        if set(map(type, prompt)) != {int}:
+            raise InvalidRequestError("prompt token ids must be integers.", param="prompt")
+        for token_id in (min(prompt), max(prompt)):
             if not 0 <= token_id < vocab_size:
                 raise InvalidRequestError(
                     f"prompt token ids must be from 0 to {vocab_size - 1}, got {token_id}.", param="prompt"
@@ -183,9 +185,9 @@ class Engine:
         if not self.has_work:
             self._runner.rest()
 
-    def _account(self, step_s: float, device_s: float) -> None:
+    def _account(self, step_s: float, device_s: float, *, computed: bool) -> None:
         stats = self._scheduler.stats
-        stats.steps += 1
+        stats.steps += computed  # the last turn of overlapped work only reads tokens
         stats.step_seconds += step_s
         stats.host_seconds += step_s - device_s
         stats.last_step_s = step_s

@@ -126,15 +126,20 @@ class TextAssembler:
         stop: Sequence[str] = (),
         *,
         include_stop: bool = False,
+        min_tokens: int = 0,
         continues: bool = False,
         skip_special_tokens: bool = True,
     ) -> None:
-        """include_stop: leave the stop string in the text. continues: see `detokenizer`."""
+        """include_stop: leave the stop string in the text. continues: see `detokenizer`.
+
+        min_tokens: a stop string counts only in the text of the tokens after so many.
+        """
         self._detokenizer = detokenizer(
             tokenizer, continues=continues, skip_special_tokens=skip_special_tokens
         )
         self._stop = tuple(stop)
         self._include_stop = include_stop
+        self._min_tokens_left = min_tokens
         self._held = ""
         self._length = 0
         self.stopped = False
@@ -148,6 +153,7 @@ class TextAssembler:
             if self.stopped:
                 break
             offsets.append(self._length)
+            self._min_tokens_left -= 1
             text, stop_string = self._take(self._detokenizer.push(token_id))
             parts.append(text)
         return TextDelta("".join(parts), stop_string, len(offsets), tuple(offsets))
@@ -166,7 +172,7 @@ class TextAssembler:
     def _take(self, new: str) -> tuple[str, str | None]:
         """Add characters; returns those that are certain now, and the stop string if one is complete."""
         self._length += len(new)
-        if not self._stop or not new:
+        if not self._stop or not new or self._min_tokens_left >= 0:
             return new, None
         text = self._held + new
         found = [(text.find(stop), stop) for stop in self._stop]

@@ -42,6 +42,8 @@ class SamplingParams:
     `logprobs`: None for none, k for the chosen token's and the k most likely ones'.
     `prompt_logprobs`: as `logprobs`, for the prompt's tokens (for `echo`).
     `max_tokens`: None generates until the model ends or the context is full.
+    `min_tokens`: neither the model nor a stop token or string ends the text before so many tokens.
+    `stop`: one string or several.
     """
 
     temperature: float = 1.0
@@ -61,6 +63,12 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     n: int = 1
+
+    def __post_init__(self) -> None:
+        """Make sequences tuples; a single stop string stands for itself, not for its characters."""
+        stop: object = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
 
     @property
     def greedy(self) -> bool:
@@ -95,6 +103,8 @@ class SamplingParams:
                 f"stop has {len(self.stop)} strings; the limit is {MAX_STOP_STRINGS}.", param="stop"
             )
         for text in self.stop:
+            if not isinstance(text, str):
+                raise InvalidRequestError(f"stop must be text, got {_short(text)}.", param="stop")
             if not 1 <= len(text) <= MAX_STOP_STRING_CHARACTERS:
                 raise InvalidRequestError(
                     f"each stop string must have 1 to {MAX_STOP_STRING_CHARACTERS} characters, "

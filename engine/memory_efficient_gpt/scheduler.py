@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from memory_efficient_gpt.block_tables import BlockTables
 from memory_efficient_gpt.engine_info import EngineStats
-from memory_efficient_gpt.kv_cache.blocks import TRASH_BLOCK, BlockAllocator
+from memory_efficient_gpt.kv_cache.blocks import BlockAllocator
 from memory_efficient_gpt.request import FinishReason, SequenceEvent, TokenLogprob
 from memory_efficient_gpt.sequence import Chunk, Sample, Sequence, Status, Step, StepOutcome
 from memory_efficient_gpt.waiting import WaitingQueue
@@ -25,9 +26,10 @@ from memory_efficient_gpt.waiting import WaitingQueue
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Limits of a step. `window`: if set, every layer sees only that many tokens back.
+    """Limits of a step. `window` and `variant`: see BlockTables.
 
-    `forks`: whether the n sequences of a request may share their prompt's KV.
+    `forks`: whether the n sequences of a request may share their prompt's KV. `chunks`: whether a prompt
+    may be computed in parts.
     """
 
     max_num_seqs: int
@@ -49,11 +51,13 @@ class Scheduler:
     ) -> None:
         self._config = config
         self._allocator = allocator
+        self._tables = BlockTables(allocator, variant=config.variant, window=config.window)
         self._is_stop = is_stop
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._live: dict[str, list[Sequence]] = {}
+        self._refused: tuple[Sequence, int] | None = None
         self.stats = EngineStats(num_kv_blocks=allocator.num_blocks - 1)
 
     @property
@@ -94,8 +98,8 @@ class Scheduler:
         for position, seq in enumerate(candidates):
             if seq.status is not Status.RUNNING:
                 continue
-            room = self._config.max_batched_tokens - step.num_tokens
-            num_tokens = min(seq.num_unscheduled, self._chunk_limit(room, others=len(candidates) > 1))
+            limit = self._chunk_limit(step, prompts=len(candidates) - position - 1)
+            num_tokens = min(seq.num_unscheduled, limit)
             if num_tokens <= 0:
                 continue
             victims = [c for c in candidates[position + 1 :] if c.status is Status.RUNNING]
@@ -143,56 +147,43 @@ class Scheduler:
 
     # Planning
 
-    def _chunk_limit(self, room: int, *, others: bool) -> int:
-        """Tokens one sequence may take: all of the room alone, a quarter of a step beside others."""
-        if not self._config.chunks or (not others and not len(self._waiting)):
+    def _chunk_limit(self, step: Step, *, prompts: int) -> int:
+        """Tokens the next prompt may take, with `prompts` running ones to come after it in this step.
+
+        A long prompt must not hold up the others: it leaves them their share of the step, and takes no
+        more than a quarter beside sequences that wait for their next token.
+        """
+        limit = self._config.max_batched_tokens
+        room = limit - step.num_tokens
+        rivals = prompts + min(len(self._waiting), len(self._free_slots))
+        if not self._config.chunks or (not rivals and not step.num_decodes):
             return room
-        return min(room, max(self._config.max_batched_tokens // 4, self._allocator.block_size))
+        share = 0 if step.num_decodes else room // (rivals + 1)
+        return min(room, max(limit // 4, share, self._allocator.block_size))
 
     def _make_room(self, seq: Sequence, num_tokens: int, victims: list[Sequence]) -> bool:
         """Free blocks until `seq` can be extended, newest victim first, itself last; True if any fell."""
         preempted = False
-        while self._blocks_missing(seq, num_tokens) > self._allocator.num_free:
+        while self._tables.missing(seq, num_tokens) > self._tables.num_free:
             preempted = True
             self._preempt(victims.pop() if victims else seq)
             if seq.status is not Status.RUNNING:
                 break
         return preempted
 
-    def _blocks_missing(self, seq: Sequence, num_tokens: int) -> int:
-        size = self._allocator.block_size
-        missing = -(-(seq.num_scheduled + num_tokens) // size) - len(seq.blocks)
-        return missing + (self._shared_write(seq) is not None)
-
-    def _shared_write(self, seq: Sequence) -> int | None:
-        """Index of the block that the next position falls into, if another sequence holds it too."""
-        index = seq.num_scheduled // self._allocator.block_size
-        if index < len(seq.blocks) and self._allocator.refcount(seq.blocks[index]) > 1:
-            return index
-        return None
-
     def _schedule(self, step: Step, seq: Sequence, num_tokens: int) -> None:
-        self._extend(step, seq, num_tokens)
+        copy = self._tables.extend(seq, num_tokens)
+        if copy is not None:
+            step.copies.append(copy)
         wanted = seq.request.params.prompt_logprobs if seq.index == 0 else None
         if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) >= seq.prompt_len:
             wanted = None
         step.chunks.append(Chunk(seq, seq.num_scheduled, num_tokens, seq.epoch, wanted))
         step.num_tokens += num_tokens
+        step.num_decodes += seq.decoding
         seq.num_scheduled += num_tokens
         if seq.num_unscheduled == 0:
             self._plan_sample(step, seq)
-
-    def _extend(self, step: Step, seq: Sequence, num_tokens: int) -> None:
-        shared = self._shared_write(seq)
-        if shared is not None:  # copy on write
-            source = seq.blocks[shared]
-            target = self._allocator.allocate()
-            step.copies.append((source, target))
-            self._allocator.release([source])
-            seq.blocks[shared] = target
-            seq.dirty_from = min(seq.dirty_from, shared)
-        for _ in range(self._blocks_missing(seq, num_tokens)):
-            seq.blocks.append(self._allocator.allocate())
 
     def _plan_sample(self, step: Step, seq: Sequence) -> None:
         chunk = len(step.chunks) - 1
@@ -204,15 +195,10 @@ class Scheduler:
             member.in_flight += 1
 
     def _fork(self, leader: Sequence, sibling: Sequence) -> None:
-        for block in leader.blocks:
-            if block != TRASH_BLOCK:
-                self._allocator.share(block)
-        sibling.blocks = list(leader.blocks)
-        sibling.block_keys = list(leader.block_keys)
+        self._tables.share(leader, sibling)
         sibling.num_scheduled = leader.num_scheduled
         sibling.num_committed = leader.num_committed
         sibling.num_cached_tokens = leader.num_cached_tokens
-        sibling.dirty_from = 0
         self._start(sibling)
 
     def _start(self, seq: Sequence) -> None:
@@ -226,51 +212,36 @@ class Scheduler:
             reserved = sum(len(leader.siblings) for leader in self._running)  # they fork later
             if room <= 0 or seq.in_flight or len(self._free_slots) - reserved <= len(seq.siblings):
                 return
-            found = self._find_cached(seq)
-            blocks = [block for block, _ in found]
-            needed = -(-(seq.total_len + 1) // self._allocator.block_size) - len(blocks) + len(seq.siblings)
-            free = self._allocator.num_free - self._allocator.num_evictable(blocks)
-            if needed > free and self._running:
-                return  # with nothing running all blocks are free, and any accepted prompt fits in those
+            if not self._find_room(seq):
+                return
             self._waiting.remove(seq)
-            self._take_cached(seq, found)
             self._start(seq)
-            self._reserve_prompt(seq)
-            limit = self._chunk_limit(room, others=len(self._running) > 1)
-            self._schedule(step, seq, min(seq.num_unscheduled, limit))
+            self._tables.reserve_prompt(seq)
+            self._schedule(step, seq, min(seq.num_unscheduled, self._chunk_limit(step, prompts=0)))
 
-    def _reserve_prompt(self, seq: Sequence) -> None:
-        """Take all of the prompt's blocks at once, so that prompts never starve each other halfway."""
-        for _ in range(-(-seq.total_len // self._allocator.block_size) - len(seq.blocks)):
-            seq.blocks.append(self._allocator.allocate())
-
-    def _find_cached(self, seq: Sequence) -> list[tuple[int, bytes]]:
-        request = seq.request
-        if not request.use_prefix_cache:
-            return []
-        if request.params.prompt_logprobs is not None and seq.prompt_logprobs is None and seq.index == 0:
-            return []
-        found = self._allocator.match(self._root(seq), seq.tokens)
-        if len(found) * self._allocator.block_size >= seq.total_len:
-            found.pop()  # one token at least is computed, or there would be no logits
-        return found
-
-    def _root(self, seq: Sequence) -> bytes:
-        request = seq.request
-        return self._allocator.root_key(self._config.variant, request.adapter or "", request.cache_salt)
-
-    def _take_cached(self, seq: Sequence, found: list[tuple[int, bytes]]) -> None:
-        for block, key in found:
-            self._allocator.share(block)
-            seq.blocks.append(block)
-            seq.block_keys.append(key)
-        num_tokens = len(found) * self._allocator.block_size
+    def _find_room(self, seq: Sequence) -> bool:
+        """Whether all of the prompt fits now; if so, it has taken its cached blocks."""
+        if self._running and self._refused is not None:
+            refused, num_free = self._refused
+            if refused is seq and self._tables.num_free <= num_free:
+                return False  # as last time: the prompt is not hashed again in every step
+        found = self._tables.find_cached(seq)
+        if self._running and self._tables.missing_for_admission(seq, found) > 0:
+            self._refused = seq, self._tables.num_free
+            return False  # with nothing running all blocks are free, and any accepted prompt fits in those
+        self._refused = None
+        num_tokens = self._tables.take_cached(seq, found)
         seq.num_scheduled = seq.num_committed = num_tokens
         if seq.num_cached_tokens is None:
-            seq.num_cached_tokens = num_tokens
-            self._waiting.charge(seq.request.client, prompt_tokens=seq.prompt_len - num_tokens)
-        self.stats.prefix_queries_tokens += seq.total_len
-        self.stats.prefix_hits_tokens += num_tokens
+            self._count_prompt(seq, num_tokens)
+        return True
+
+    def _count_prompt(self, seq: Sequence, num_cached: int) -> None:
+        seq.num_cached_tokens = num_cached
+        self._waiting.charge(seq.request.client, prompt_tokens=seq.prompt_len - num_cached)
+        if self._allocator.prefix_cache and seq.request.use_prefix_cache:
+            self.stats.prefix_queries_tokens += seq.prompt_len
+            self.stats.prefix_hits_tokens += num_cached
 
     def _preempt(self, seq: Sequence) -> None:
         """Take a sequence's blocks; what it has generated stays and becomes part of its prompt."""
@@ -282,8 +253,7 @@ class Scheduler:
         self._waiting.add_preempted(seq)
 
     def _leave(self, seq: Sequence) -> None:
-        self._allocator.release(seq.blocks)
-        seq.drop_kv()
+        self._tables.release(seq)
         self._running.remove(seq)
         assert seq.slot is not None
         self._free_slots.append(seq.slot)
@@ -301,28 +271,7 @@ class Scheduler:
         if stale or seq.status is not Status.RUNNING:
             return  # preempted, finished or aborted since it was planned
         seq.num_committed = max(seq.num_committed, chunk.start + chunk.num_tokens)
-        self._register_full_blocks(seq)
-        if self._config.window is not None:
-            self._drop_outside_window(seq, self._config.window)
-
-    def _register_full_blocks(self, seq: Sequence) -> None:
-        if not (self._allocator.prefix_cache and seq.request.use_prefix_cache):
-            return
-        size = self._allocator.block_size
-        while (done := len(seq.block_keys)) < seq.num_committed // size:
-            parent = seq.block_keys[-1] if done else self._root(seq)
-            tokens = seq.tokens[done * size : (done + 1) * size]
-            seq.block_keys.append(self._allocator.register(seq.blocks[done], parent, tokens))
-
-    def _drop_outside_window(self, seq: Sequence, window: int) -> None:
-        """Release blocks whose last position no later query can see."""
-        size = self._allocator.block_size
-        for index in range(max(0, (seq.num_committed - window + 1) // size) - 1, -1, -1):
-            if seq.blocks[index] == TRASH_BLOCK:
-                break
-            self._allocator.release([seq.blocks[index]])
-            seq.blocks[index] = TRASH_BLOCK
-            seq.dirty_from = min(seq.dirty_from, index)
+        self._tables.committed(seq)
 
     def _commit_token(self, seq: Sequence, number: int, outcome: StepOutcome) -> SequenceEvent:
         event = SequenceEvent(request_id=seq.request.id, index=seq.index)
@@ -333,7 +282,7 @@ class Scheduler:
                 self.stats.prompt_tokens += seq.prompt_len
         token = outcome.token_ids[number]
         if not outcome.ok[number]:
-            self._allocator.forget(seq.block_keys)
+            self._tables.distrust(seq)
             return self._end(seq, event, FinishReason.ERROR)
         if self._is_stop(seq, token):
             event.stop_token_id = token

@@ -117,12 +117,16 @@ class Sample:
 
 @dataclass(slots=True)
 class Step:
-    """What one forward pass computes. `copies` (source, target) blocks come before everything else."""
+    """What one forward pass computes. `copies` (source, target) blocks come before everything else.
+
+    num_decodes: how many of the chunks are one token of a sequence that is past its prompt.
+    """
 
     chunks: list[Chunk] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     num_tokens: int = 0
+    num_decodes: int = 0
 
 
 @dataclass(slots=True)

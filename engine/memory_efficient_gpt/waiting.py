@@ -87,5 +87,10 @@ class WaitingQueue:
         self._active[client] -= 1
         if self._active[client] == 0:
             del self._active[client]
-            if not self._active:
-                self._served.clear()
+            self._forget_idle()
+
+    def _forget_idle(self) -> None:
+        """Drop the counters to which `arrived` would do the same as to none: those not above the floor."""
+        floor = min((self._served[c] for c in self._active), default=float("inf"))
+        for client in [c for c in self._served if c not in self._active and self._served[c] <= floor]:
+            del self._served[client]

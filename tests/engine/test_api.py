@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 
 import memory_efficient_gpt
@@ -64,6 +66,54 @@ def test_stop_string_ends_the_text_before_it(llm: LLM) -> None:
     assert choice.text == whole[: whole.index(stop)]
     assert (choice.finish_reason, choice.stop) == (FinishReason.STOP, stop)
     assert llm.stats.num_running == 0
+
+
+def test_a_stop_string_may_be_given_alone(llm: LLM) -> None:
+    text = llm.generate(PROMPT, max_tokens=40, temperature=0, stop=" dark").text
+    assert text == llm.generate(PROMPT, max_tokens=40, temperature=0, stop=[" dark"]).text
+    assert text and " dark" not in text
+
+
+def test_min_tokens_holds_off_stop_strings(llm: LLM) -> None:
+    whole = llm.generate(PROMPT, max_tokens=40, temperature=0).text
+    choice = llm.generate(PROMPT, max_tokens=40, temperature=0, stop=" ", min_tokens=20).choices[0]
+    assert len(choice.token_ids) > 20 and whole.startswith(choice.text) and " " in choice.text
+
+
+def test_a_paused_stream_goes_on_after_other_calls(llm: LLM) -> None:
+    expected = llm.generate(PROMPT, max_tokens=30, temperature=0).text
+    stream = llm.stream(PROMPT, max_tokens=30, temperature=0)
+    text = next(stream)
+    other = llm.stream(PROMPT, max_tokens=30, temperature=0)
+    second = next(other)
+    assert llm.generate(PROMPT, max_tokens=30, temperature=0).text == expected
+    assert text + "".join(stream) == second + "".join(other) == expected
+    assert llm.stats.num_running == 0
+
+
+def test_arrays_of_ids_are_prompts(llm: LLM) -> None:
+    ids = llm.tokenizer.encode(PROMPT)
+    expected = llm.generate(ids, max_tokens=5, temperature=0).text
+    assert llm.generate(np.array(ids), max_tokens=5, temperature=0).text == expected
+    batches: list[Any] = [np.array([ids, ids]), [np.array(ids), PROMPT]]
+    for several in batches:
+        completions = llm.generate(several, max_tokens=5, temperature=0)
+        assert [c.text for c in completions] == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    "wrong", [5, None, b"bytes", ["text", 5], [[1, 2], None], [1.5, 2.5], [[["nested"]]]]
+)
+def test_what_is_no_prompt_is_refused(llm: LLM, wrong: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        llm.generate(wrong, max_tokens=5)
+    assert caught.value.param == "prompt"
+    assert not llm.engine.has_work
+
+
+def test_parameters_given_twice_are_refused(llm: LLM) -> None:
+    with pytest.raises(TypeError, match="not both: params and max_tokens"):
+        llm.generate(PROMPT, SamplingParams(), max_tokens=5)
 
 
 def test_n_texts_differ_and_repeat_with_their_seed(llm: LLM) -> None:

@@ -197,6 +197,37 @@ def test_abort_frees_all_blocks_at_once(turns: int) -> None:
     assert drain(engine) == {}
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_prompt_logprobs_survive_preemption(overlap: bool) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, prompt_logprobs=0)
+    requests = [
+        Request(id=str(i), prompt_token_ids=prompt(i, 11 + i), params=params, use_prefix_cache=False)
+        for i in range(6)
+    ]
+    roomy, tight = make_engine(), make_engine(num_kv_blocks=24, max_model_len=60, overlap=overlap)
+    scores: list[dict[str, list[float]]] = []
+    for engine in (roomy, tight):
+        for request in requests:
+            engine.submit(request)
+        scores.append({})
+        while engine.has_work:
+            for event in engine.step():
+                if event.prompt_logprobs is not None:
+                    assert event.prompt_logprobs[0] is None
+                    scores[-1][event.request_id] = [e.logprob for e in event.prompt_logprobs if e is not None]
+    assert tight.stats().num_preemptions > 0
+    for request in requests:
+        assert len(scores[1][request.id]) == len(request.prompt_token_ids) - 1
+        assert scores[1][request.id] == pytest.approx(scores[0][request.id], abs=1e-4)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_steps_are_counted_when_something_is_computed(overlap: bool) -> None:
+    engine = make_engine(overlap=overlap)
+    run(engine, [Request(id="r", prompt_token_ids=prompt(1, 5), params=GREEDY)])
+    assert engine.stats().steps == GREEDY.max_tokens
+
+
 @pytest.mark.parametrize("native_kernels", [True, False])
 def test_broken_logits_end_one_request_and_leave_the_others_alone(native_kernels: bool) -> None:
     engine = make_engine(num_kv_blocks=8, max_model_len=24, prefix_cache=False, native_kernels=native_kernels)
@@ -224,6 +255,8 @@ def test_broken_logits_end_one_request_and_leave_the_others_alone(native_kernels
         (Request(id="r", prompt_token_ids=()), InvalidRequestError, "the prompt is empty"),
         (Request(id="r", prompt_token_ids=(VOCAB,)), InvalidRequestError, "from 0 to 95, got 96"),
         (Request(id="r", prompt_token_ids=(-1,)), InvalidRequestError, "from 0 to 95, got -1"),
+        (Request(id="r", prompt_token_ids=(2, 3.0)), InvalidRequestError, "must be integers"),  # type: ignore[arg-type]
+        (Request(id="r", prompt_token_ids=(True,)), InvalidRequestError, "must be integers"),
         (Request(id="r", prompt_token_ids=(2,) * 256), ContextLengthError, "256 tokens.*context is 256"),
         (
             Request(id="r", prompt_token_ids=(2,), params=SamplingParams(max_tokens=256)),

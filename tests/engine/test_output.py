@@ -128,6 +128,16 @@ def test_cost_of_a_token_does_not_grow_with_the_text(family: str) -> None:
 # ---------------------------------------------------------------- stop strings
 
 
+def test_a_stop_string_counts_only_in_the_text_after_min_tokens() -> None:
+    ours = tokenizer("byte_level")
+    ids = ours.encode("stop and go, stop and go, stop", add_special_tokens=False)
+    first = len(ours.encode("stop and", add_special_tokens=False))
+    for pieces in ([ids], [[i] for i in ids]):
+        assembler = TextAssembler(ours, ("stop",), min_tokens=first, continues=True)
+        text = "".join(assembler.push(piece).text for piece in pieces) + assembler.finish().text
+        assert text == "stop and go, "
+
+
 def reference_stop(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
     """Character by character: the first moment at which the text ends with a stop string."""
     for end in range(1, len(text) + 1):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from memory_efficient_gpt.kv_cache.blocks import BlockAllocator
-from memory_efficient_gpt.request import FinishReason, Request, SamplingParams, SequenceEvent
+from memory_efficient_gpt.request import FinishReason, Request, SamplingParams, SequenceEvent, TokenLogprob
 from memory_efficient_gpt.scheduler import Scheduler, SchedulerConfig
 from memory_efficient_gpt.sequence import Sequence, Step, StepOutcome
 
@@ -69,7 +69,14 @@ class FakeRunner:
         tokens = [next_token(contexts[s.chunk], s.seq.seed) for s in step.samples]
         for s, token in zip(step.samples, tokens, strict=True):
             self.last_token[id(s.seq)] = token
-        return StepOutcome(tokens, [True] * len(tokens), [None] * len(tokens))
+        outcome = StepOutcome(tokens, [True] * len(tokens), [None] * len(tokens))
+        for number, chunk in enumerate(step.chunks):
+            if chunk.prompt_logprobs is not None:
+                last = min(chunk.start + chunk.num_tokens, chunk.seq.prompt_len - 1)
+                outcome.prompt_logprobs[number] = [
+                    TokenLogprob(chunk.seq.tokens[p], -float(p)) for p in range(chunk.start + 1, last + 1)
+                ]
+        return outcome
 
 
 class Harness:
@@ -95,13 +102,21 @@ class Harness:
         self.outputs: dict[tuple[str, int], list[int]] = {}
         self.reasons: dict[tuple[str, int], FinishReason] = {}
         self.first_events: list[SequenceEvent] = []
+        self.scored: dict[str, list[TokenLogprob | None]] = {}
         self.steps: list[Step] = []
         self.order = 0
 
     def submit(
-        self, name: str, prompt: list[int], max_tokens: int, n: int = 1, client: str = "", salt: str = ""
+        self,
+        name: str,
+        prompt: list[int],
+        max_tokens: int,
+        n: int = 1,
+        client: str = "",
+        salt: str = "",
+        scored: bool = False,
     ) -> None:
-        params = SamplingParams(n=n, max_tokens=max_tokens)
+        params = SamplingParams(n=n, max_tokens=max_tokens, prompt_logprobs=0 if scored else None)
         request = Request(
             id=name, prompt_token_ids=tuple(prompt), params=params, client=client, cache_salt=salt
         )
@@ -131,6 +146,9 @@ class Harness:
         if not self.outputs[key]:
             self.first_events.append(event)
         self.outputs[key] += event.token_ids
+        if event.prompt_logprobs is not None:
+            assert event.request_id not in self.scored, "prompt_logprobs came twice"
+            self.scored[event.request_id] = event.prompt_logprobs
         if event.finish_reason is not None:
             assert key not in self.reasons
             self.reasons[key] = event.finish_reason
@@ -230,6 +248,77 @@ def test_a_heavy_client_does_not_starve_a_light_one() -> None:
     harness.run()
 
 
+def test_prompts_share_a_step_that_no_decode_waits_for() -> None:
+    harness = Harness(budget=64, num_blocks=100)
+    for name in ("a", "b"):
+        harness.submit(name, [3 + ord(name)] * 150, max_tokens=1)
+    harness.turn()
+    assert [c.num_tokens for c in harness.steps[0].chunks] == [32, 32]
+
+
+def test_a_long_prompt_takes_a_quarter_of_a_step_beside_decodes() -> None:
+    harness = Harness(budget=64, num_blocks=100)
+    harness.submit("short", [9], max_tokens=30)
+    harness.turn()
+    harness.submit("long", [7] * 150, max_tokens=1)
+    harness.turn()
+    assert [c.num_tokens for c in harness.steps[1].chunks] == [1, 16]
+
+
+def test_waiting_for_room_does_not_hash_the_prompt_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness(num_blocks=32, budget=200)
+    first = next(t for t in range(1, VOCAB) if len(alone([t] * 60, 0, 100)) == 40)
+    harness.submit("first", [first] * 60, max_tokens=40)
+    harness.turn()
+    harness.submit("second", [5] * 90, max_tokens=2)
+    match, lookups = harness.allocator.match, []
+
+    def counted(root: bytes, tokens: list[int]) -> list[tuple[int, bytes]]:
+        lookups.append(tokens)
+        return match(root, tokens)
+
+    monkeypatch.setattr(harness.allocator, "match", counted)
+    for _ in range(20):
+        harness.turn()
+    assert len(lookups) == 1 and not harness.outputs["second", 0]
+    harness.run()
+    assert harness.outputs["second", 0] == alone([5] * 90, 0, 92)
+
+
+def test_prompts_are_charged_when_admitted_so_that_clients_take_turns() -> None:
+    harness = Harness(budget=24, max_num_seqs=2, num_blocks=200)
+    for number in range(4):
+        harness.submit(f"heavy{number}", [number + 1] * 90, max_tokens=2, client="heavy")
+    harness.submit("light", [8] * 90, max_tokens=2, client="light")
+    harness.turn()  # the second place is light's, though nothing of heavy0 is finished
+    assert {c.seq.request.id for s in harness.steps for c in s.chunks} == {"heavy0", "light"}
+
+
+def test_unusable_values_are_not_left_in_the_prefix_cache() -> None:
+    harness = Harness(budget=100)
+    harness.submit("bad", [3] * 16, max_tokens=2)
+    step = harness.scheduler.plan()
+    assert step is not None
+    (event,) = harness.scheduler.commit(step, StepOutcome([1], [False], [None]))
+    assert event.finish_reason is FinishReason.ERROR
+    harness.submit("good", [3] * 16, max_tokens=2)
+    harness.run()
+    assert harness.first_events[-1].num_cached_tokens == 0
+
+
+def test_cache_statistics_count_a_prompt_once_and_only_if_it_may_use_the_cache() -> None:
+    harness = Harness(num_blocks=16, budget=32)
+    for number in range(6):
+        harness.submit(f"r{number}", [number + 1] * 9, max_tokens=40)
+    harness.run()
+    assert harness.scheduler.stats.num_preemptions > 0
+    assert harness.scheduler.stats.prefix_queries_tokens == 6 * 9
+    without = Harness(prefix_cache=False)
+    without.submit("r", [1] * 9, max_tokens=2)
+    without.run()
+    assert without.scheduler.stats.prefix_queries_tokens == 0
+
+
 def test_blocks_outside_the_window_are_freed() -> None:
     harness = Harness(window=6, num_blocks=64, prefix_cache=False)
     harness.submit("r", [4] * 40, max_tokens=1000 // 25)
@@ -273,13 +362,17 @@ def test_random_traffic_gives_what_each_sequence_gives_alone(seed: int) -> None:
         prefix_cache=rng.random() < 0.7,
     )
     expected: dict[tuple[str, int], list[int]] = {}
+    scored: dict[str, list[int]] = {}
     aborted: set[tuple[str, int]] = set()
     for number, prompt in enumerate(prompts(rng, 30, longest=min(30, harness.allocator.block_size * 12))):
         n = rng.choice([1, 1, 1, 2, 4])
         max_tokens = rng.randint(1, 18)
         if len(prompt) + max_tokens > (harness.allocator.num_blocks - 1) * harness.allocator.block_size:
             continue
-        harness.submit(f"r{number}", prompt, max_tokens, n, client=rng.choice("abc"))
+        name = f"r{number}"
+        if rng.random() < 0.3:
+            scored[name] = prompt
+        harness.submit(name, prompt, max_tokens, n, client=rng.choice("abc"), scored=name in scored)
         for index in range(n):
             expected[f"r{number}", index] = alone(prompt, index, len(prompt) + max_tokens, window)
         for _ in range(rng.randint(0, 6)):
@@ -296,3 +389,9 @@ def test_random_traffic_gives_what_each_sequence_gives_alone(seed: int) -> None:
         else:
             assert harness.outputs[key] == tokens, key
     assert harness.allocator.num_free == harness.allocator.num_blocks - 1
+    for name, prompt in scored.items():
+        if name in harness.scored:
+            got = [entry and (entry.token_id, entry.logprob) for entry in harness.scored[name]]
+            assert got == [None, *((prompt[p], -float(p)) for p in range(1, len(prompt)))]
+        else:
+            assert (name, 0) in aborted

@@ -65,6 +65,19 @@ def test_greedy_equals_generate_for_requests_submitted_together(build: Any) -> N
         assert tokens == expected[0, len(prompt) :].tolist()
 
 
+def test_a_long_prompt_is_computed_whole_while_another_request_waits() -> None:
+    _, engine = make(bloom)
+    long = tuple(2 + i % 20 for i in range(engine.info.max_model_len // 2))
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    engine.submit(Request(id="alone", prompt_token_ids=long, params=params))
+    alone = [t for e in collect(engine) for t in e.token_ids]
+    engine.submit(Request(id="first", prompt_token_ids=long, params=params))
+    engine.submit(Request(id="second", prompt_token_ids=long, params=params))
+    events = collect(engine)
+    for name in ("first", "second"):
+        assert [t for e in events if e.request_id == name for t in e.token_ids] == alone
+
+
 def test_several_texts_and_seeds_work_one_after_the_other() -> None:
     _, engine = make(bloom)
     params = SamplingParams(seed=5, n=2, max_tokens=6, ignore_eos=True)

@@ -46,6 +46,17 @@ def test_a_newcomer_has_no_credit_for_its_idle_past() -> None:
     assert drain(queue, cost=5)[:2] in (["a0", "b3"], ["b3", "a0"])
 
 
+def test_counters_of_idle_clients_are_dropped_once_they_change_nothing() -> None:
+    queue = queue_of(*(sequence(f"visitor{i}", i) for i in range(100)), sequence("steady", 100))
+    queue.charge("steady", output_tokens=10)
+    queue.charge("visitor99", output_tokens=500)
+    for i in range(100):
+        queue.finished(f"visitor{i}")
+    assert set(queue._served) == {"steady", "visitor99"}  # that one has had more: it counts if it comes back
+    queue.finished("steady")
+    assert not queue._served
+
+
 def test_preempted_sequences_go_first_oldest_first() -> None:
     queue = queue_of(sequence("a", 5))
     for order in (3, 1):

@@ -186,6 +186,18 @@ def test_out_of_memory_fails_what_is_aboard_and_the_worker_goes_on(
     assert "out of memory, going on" in caplog.text
 
 
+def test_each_sequence_of_a_failed_request_ends_once(server: Server) -> None:
+    """One of three was aborted before the failure: the error goes to the two others, whichever they are."""
+    server.send(Submit(request(COUNT, request_id="three", delay_ms=1, max_tokens=10**6, n=3)))
+    server.next(Events)
+    server.send(Abort("three", 0))
+    server.send(Submit(request(OUT_OF_MEMORY, request_id="oom")))
+    ended = [e for e in server.events_until_end("three", sequences=2) if e.finish_reason is not None]
+    assert [event.index for event in ended] == [1, 2]
+    server.send(Submit(request(COUNT, request_id="next")))
+    assert server.events_until_end("next")[-1].finish_reason is FinishReason.LENGTH
+
+
 def test_out_of_memory_again_and_again_ends_the_worker(server: Server) -> None:
     for attempt in range(worker_module.MAX_CONSECUTIVE_OUT_OF_MEMORY):
         server.send(Submit(request(OUT_OF_MEMORY, request_id=str(attempt))))
