@@ -173,14 +173,13 @@ def attention_case(
 
 
 def row_cases(kernels: Kernels, seconds: float) -> Iterator[Result]:
-    """Norms, gated activations, rotary positions, argmax: against the torch code of transformers models."""
+    """Norms, gated activations, rotary positions: against the torch code of transformers models."""
     dtype = torch.bfloat16
     for rows in (1, 8, 128):
         x, weight = torch.randn(rows, 2048).to(dtype), torch.randn(2048).to(dtype)
         gate, up = torch.randn(2, rows, 5632).to(dtype)
         heads = torch.randn(rows, NUM_HEADS, HEAD_DIM).to(dtype)
         cos, sin = torch.randn(2, rows, HEAD_DIM).to(dtype)
-        logits = torch.randn(rows, 32000)
         pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
             "rms_norm 2048": (
                 partial(kernels.rms_norm, x, weight, 1e-6),
@@ -193,14 +192,6 @@ def row_cases(kernels: Kernels, seconds: float) -> Iterator[Result]:
             "rope 32 x 64": (
                 partial(kernels.apply_rope, heads, cos, sin),
                 partial(torch_rope, heads, cos, sin),
-            ),
-            "argmax 32000": (
-                partial(kernels.argmax, logits),
-                partial(torch.argmax, logits, -1),
-            ),
-            "log_softmax 32000": (
-                partial(kernels.log_softmax, logits),
-                partial(torch.log_softmax, logits, -1),
             ),
         }
         for name, (native, by_torch) in pairs.items():

@@ -33,6 +33,7 @@ from memory_efficient_gpt.loading import (
     load_model,
     resolve_model,
 )
+from memory_efficient_gpt.native.layers import NativeLayer
 from memory_efficient_gpt.runner import PackedRunner, Runner
 from memory_efficient_gpt.scheduler import SchedulerConfig
 from memory_efficient_gpt.tiers import TierDecision, decide_tier
@@ -108,9 +109,9 @@ def build(
         from memory_efficient_gpt.fusion import fuse
 
         notes = (*notes, fuse(model).summary())
-    dtype = _kv_dtype(config, model.dtype)
+    dtype = _kv_dtype(config, model.dtype, device)
     backend, reason = choose_backend(device, model.dtype, dtype, native=config.native_kernels)
-    notes = (*notes, reason, *decision.notes)
+    notes = (*notes, reason, *decision.notes, *_batch_dependence(model, backend, device))
     block_size = config.block_size or (BLOCK_SIZE_CPU if device.type == "cpu" else BLOCK_SIZE_CUDA)
     max_len, notes = _context_length(config, model.config, decision, notes)
     num_blocks = _num_blocks(config, layers, block_size, dtype, device, max_len)
@@ -207,7 +208,24 @@ def _resolve_dtype(
     return torch.float32, (f"the checkpoint names no usable dtype ({stored}); float32 is used",)
 
 
-def _kv_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+def _batch_dependence(
+    model: PreTrainedModel, backend: AttentionBackend, device: torch.device
+) -> tuple[str, ...]:
+    """What users must know of a seed's promise where torch multiplies: its sums depend on the row count."""
+    native = backend.name == "cpu-native" and any(isinstance(m, NativeLayer) for m in model.modules())
+    if native or (device.type == "cpu" and model.dtype == torch.float32):
+        return ()
+    return (
+        f"torch computes some layers in {_dtype_name(model.dtype)}: near ties, a seed's text may depend on "
+        "what else is in the batch",
+    )
+
+
+def _kv_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if config.kv_cache_dtype == "float16" and device.type == "cpu":
+        raise ConfigError(
+            ["kv_cache_dtype float16 is for CUDA; on a CPU use auto, bfloat16, float32 or int8."]
+        )
     return dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
 
 

@@ -34,6 +34,7 @@ from memory_efficient_gpt.native.layers import (
     become,
 )
 from memory_efficient_gpt.native.ops import Activation, Kernels, NormStyle, load_kernels
+from memory_efficient_gpt.native.rotary import native_rotary, rotary_function, with_native_rotary
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def fuse(model: nn.Module, kernels: Kernels | None = None) -> FusionReport:
     with torch.no_grad():
         for module in model.modules():
             _fuse_module(module, loaded, report, verdicts)
+            _fuse_rotary(module, loaded, report, verdicts)
     logger.info(report.summary())
     return report
 
@@ -122,6 +124,50 @@ def _fuse_module(
         become(module, kind.layer, kernels, verdict)
         report.replaced[kind.name] += 1
         return
+
+
+def _fuse_rotary(
+    module: nn.Module, kernels: Kernels, report: FusionReport, verdicts: dict[object, str | dict[str, Any]]
+) -> None:
+    """Turn an attention module's queries and keys with the kernel, if its model's function does the same."""
+    own = rotary_function(type(module))
+    weight = next(module.parameters(), None)
+    if own is None or weight is None:
+        return
+    reason = _obstacle(module)
+    if reason is None:
+        key = ("rotary", own, weight.dtype)
+        if key not in verdicts:
+            verdicts[key] = _judge_rotary(own, kernels, weight)
+        verdict = verdicts[key]
+        reason = verdict if isinstance(verdict, str) else None
+    if reason is not None:
+        report.dropped["rotary", reason] += 1
+        return
+    fused = with_native_rotary(type(module), kernels)  # type: ignore[arg-type]  # classes are hashable
+    module.__class__ = fused
+    report.replaced["rotary"] += 1
+
+
+def _judge_rotary(own: Callable[..., Any], kernels: Kernels, like: torch.Tensor) -> str | dict[str, Any]:
+    """{} if the kernel turns queries and keys as the model's function does, or why it does not."""
+    query, key = _draw(1, 5, 4, 16, like=like).transpose(1, 2), _draw(1, 5, 2, 16, like=like).transpose(1, 2)
+    cos, sin = _draw(1, 5, 16, like=like), _draw(2, 5, 16, like=like)[1:]
+    try:
+        want = own(query, key, cos, sin)
+        got = native_rotary(kernels, own)(query, key, cos, sin)
+        worst = max(_relative(g, w) for g, w in zip(got, want, strict=True))
+    except _PROBE_ERRORS as error:
+        return f"its function could not be tried ({type(error).__name__}: {error})"
+    limit = TOLERANCES[like.dtype]
+    return {} if worst <= limit else f"the native result differs by {worst:.2g} (limit {limit:.2g})"
+
+
+def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest difference by the largest element wanted; infinite for other shapes or dtypes."""
+    if want.shape != got.shape or want.dtype is not got.dtype:
+        return torch.inf
+    return float((got.float() - want.float()).abs().max() / want.float().abs().max().clamp(min=1e-30))
 
 
 def _obstacle(module: nn.Module) -> str | None:
@@ -167,10 +213,7 @@ def _difference(module: nn.Module, kind: _Kind, kernels: Kernels, settings: dict
             got = module(*inputs)
         finally:
             module.__class__ = own
-        if want.shape != got.shape or want.dtype is not got.dtype:
-            return torch.inf
-        largest = want.float().abs().max().clamp(min=1e-30)
-        worst = max(worst, float((got.float() - want.float()).abs().max() / largest))
+        worst = max(worst, _relative(got, want))
     return worst
 
 

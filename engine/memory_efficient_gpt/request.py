@@ -7,10 +7,10 @@ Invariant: `SamplingParams` is immutable and, once `validate`d, safe for every l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 from memory_efficient_gpt.errors import InvalidRequestError, MegptError
 
@@ -65,10 +65,19 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        """Make sequences tuples; a single stop string stands for itself, not for its characters."""
+        """Make sequences tuples and None empty; a single stop string stands for itself, not its characters.
+
+        Raises InvalidRequestError for what cannot be made one.
+        """
         stop: object = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else _as_tuple("stop", stop))
+        object.__setattr__(self, "stop_token_ids", _as_tuple("stop_token_ids", self.stop_token_ids))
+        bias: object = self.logit_bias
+        if not isinstance(bias, Mapping | None):
+            raise InvalidRequestError(
+                f"logit_bias must map token ids to numbers, got {_short(bias)}.", param="logit_bias"
+            )
+        object.__setattr__(self, "logit_bias", {} if bias is None else bias)
 
     @property
     def greedy(self) -> bool:
@@ -89,6 +98,10 @@ class SamplingParams:
             if value is not None:
                 _require_int(name, value, least, most)
         _require_int("min_tokens", self.min_tokens, 0, self.max_tokens if self.max_tokens else 2**31)
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidRequestError(
+                f"ignore_eos must be true or false, got {_short(self.ignore_eos)}.", param="ignore_eos"
+            )
         if self.repetition_penalty <= 0:
             raise InvalidRequestError(
                 f"repetition_penalty must be above 0, got {self.repetition_penalty}.",
@@ -117,7 +130,7 @@ class SamplingParams:
                 param="stop_token_ids",
             )
         for token_id in self.stop_token_ids:
-            _require_int("stop_token_ids", token_id, 0, vocab_size - 1)
+            _require_token_id("stop_token_ids", "stop_token_ids", token_id, vocab_size)
 
     def _validate_logit_bias(self, vocab_size: int) -> None:
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
@@ -126,7 +139,7 @@ class SamplingParams:
                 param="logit_bias",
             )
         for token_id, bias in self.logit_bias.items():
-            _require_int("logit_bias", token_id, 0, vocab_size - 1)
+            _require_token_id("logit_bias", "the keys of logit_bias", token_id, vocab_size)
             _require_number("logit_bias", bias, -100.0, 100.0)
 
 
@@ -161,6 +174,21 @@ def _require_int(name: str, value: object, low: int, high: int) -> None:
         raise InvalidRequestError(
             f"{name} must be an integer from {low} to {high}, got {_short(value)}.", param=name
         )
+
+
+def _require_token_id(name: str, what: str, value: object, vocab_size: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
+        raise InvalidRequestError(
+            f"{what} must be token ids, integers from 0 to {vocab_size - 1}; got {_short(value)}.", param=name
+        )
+
+
+def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Iterable):
+        raise InvalidRequestError(f"{name} must be a list, got {_short(value)}.", param=name)
+    return tuple(value)
 
 
 def _short(value: object, limit: int = 40) -> str:

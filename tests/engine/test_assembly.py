@@ -72,6 +72,21 @@ def test_fallback_to_torch_attention_is_explained() -> None:
     assert any("native kernels are switched off" in note for note in info.notes)
 
 
+def test_where_texts_may_depend_on_the_batch_is_said() -> None:
+    def bfloat16() -> Any:
+        return LlamaForCausalLM(LlamaConfig(**SHAPE)).bfloat16()
+
+    promised = "a seed's text may depend on what else is in the batch"
+    assert any(promised in note for note in assemble_tiny(bfloat16(), native_kernels=False).info.notes)
+    native = assemble_tiny(bfloat16()).info
+    assert (native.attention_backend == "cpu-native") == (not any(promised in n for n in native.notes))
+
+
+def test_a_float16_cache_on_a_cpu_is_refused_with_what_to_use() -> None:
+    with pytest.raises(ConfigError, match="float16 is for CUDA; on a CPU use auto, bfloat16"):
+        assemble_tiny(kv_cache_dtype="float16")
+
+
 def test_float16_on_a_cpu_is_computed_in_bfloat16(tmp_path: Any) -> None:
     LlamaForCausalLM(LlamaConfig(**SHAPE)).half().save_pretrained(tmp_path)
     info = Engine.load(EngineConfig(model=str(tmp_path), num_kv_blocks=8)).info

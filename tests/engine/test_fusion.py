@@ -45,12 +45,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "phi3": Phi3Config(**TINY),
 }
 EXPECTED = {
-    "llama": {"linear": 15, "rms_norm": 5, "gated_mlp": 2},
-    "qwen3": {"linear": 15, "rms_norm": 9, "gated_mlp": 2},
-    "gemma2": {"linear": 15, "rms_norm": 9, "gated_mlp": 2},
+    "llama": {"linear": 15, "rms_norm": 5, "gated_mlp": 2, "rotary": 2},
+    "qwen3": {"linear": 15, "rms_norm": 9, "gated_mlp": 2, "rotary": 2},
+    "gemma2": {"linear": 15, "rms_norm": 9, "gated_mlp": 2, "rotary": 2},
     "gpt2": {"linear": 1, "conv1d": 8},
-    "mixtral": {"linear": 9, "rms_norm": 5, "experts": 2},
-    "phi3": {"linear": 9, "rms_norm": 5, "gated_mlp": 2},
+    "mixtral": {"linear": 9, "rms_norm": 5, "experts": 2, "rotary": 2},
+    "phi3": {"linear": 9, "rms_norm": 5, "gated_mlp": 2, "rotary": 2},
 }
 
 

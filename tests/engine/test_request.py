@@ -36,13 +36,18 @@ WRONG: list[tuple[str, Any]] = [
     ("min_tokens", -1),
     ("n", 0),
     ("n", 9),
+    ("stop", 5),
     ("stop", ("",)),
     ("stop", ("x" * 257,)),
     ("stop", tuple("abcde")),
+    ("stop_token_ids", 5),
     ("stop_token_ids", (VOCAB,)),
     ("stop_token_ids", (-1,)),
     ("stop_token_ids", (1,) * 65),
+    ("logit_bias", [1]),
     ("logit_bias", {VOCAB: 1.0}),
+    ("ignore_eos", None),
+    ("ignore_eos", 1),
     ("logit_bias", {1: 101.0}),
     ("logit_bias", {1: math.nan}),
     ("logit_bias", dict.fromkeys(range(301), 1.0)),
@@ -74,3 +79,17 @@ def test_min_tokens_above_max_tokens_is_refused() -> None:
 def test_tiny_temperature_is_greedy() -> None:
     assert SamplingParams(temperature=0.005).greedy and SamplingParams(temperature=0).greedy
     assert not SamplingParams(temperature=0.02).greedy
+
+
+def test_none_stands_for_nothing_in_lists_and_maps() -> None:
+    nothing: Any = None
+    params = SamplingParams(stop=nothing, stop_token_ids=nothing, logit_bias=nothing)
+    params.validate(VOCAB)
+    assert params == SamplingParams()
+
+
+def test_a_wrong_key_of_a_bias_is_called_a_token_id() -> None:
+    with pytest.raises(
+        InvalidRequestError, match=r"the keys of logit_bias must be token ids.*to 99; got 100"
+    ):
+        SamplingParams(logit_bias={100: 1.0}).validate(100)

@@ -99,8 +99,6 @@ class Kernels:
         )
         self._gated = _declare(cdll.megpt_gated, *[c_void_p] * 3, *[c_int64] * 7)
         self._rope = _declare(cdll.megpt_rope, *[c_void_p] * 3, *[c_int64] * 7)
-        self._argmax = _declare(cdll.megpt_argmax, *[c_void_p] * 2, *[c_int64] * 5)
-        self._log_softmax = _declare(cdll.megpt_log_softmax, *[c_void_p] * 2, *[c_int64] * 5)
         self._write = _declare(cdll.megpt_write_kv, *[c_void_p] * 8)
         self._attention = _declare(cdll.megpt_attention, *[c_void_p] * 12, c_float, c_float)
 
@@ -219,38 +217,6 @@ class Kernels:
             float_code(x),
             self._threads(),
         )
-
-    def argmax(self, x: torch.Tensor) -> torch.Tensor:
-        """Where each row of x `[R, D]` is largest, `[R] int64`; as torch.argmax for ties (first) and NaN."""
-        flat, r, d, stride = rows(x)
-        if d == 0:
-            raise ValueError(f"argmax needs at least one column, got {describe(x)}")
-        out = torch.empty(x.shape[:-1], dtype=torch.int64)
-        self._argmax(
-            out.data_ptr(),
-            flat.data_ptr(),
-            r,
-            d,
-            stride,
-            float_code(x),
-            self._threads(),
-        )
-        return out
-
-    def log_softmax(self, x: torch.Tensor) -> torch.Tensor:
-        """Log softmax over the last dimension of x `[..., D]`, in float32."""
-        flat, r, d, stride = rows(x)
-        out = torch.empty(x.shape, dtype=torch.float32)
-        self._log_softmax(
-            out.data_ptr(),
-            flat.data_ptr(),
-            r,
-            d,
-            stride,
-            float_code(x),
-            self._threads(),
-        )
-        return out
 
     def write_kv(
         self,

@@ -107,8 +107,6 @@ def test_empty_work_is_done(kernels: Kernels) -> None:
     assert torch.equal(kernels.linear(draw(3, 0), draw(10, 0), bias), bias.expand(3, 10))
     assert kernels.rms_norm(draw(0, 24), None, 1e-6).shape == (0, 24)
     assert kernels.gated(draw(0, 24), draw(0, 24), "silu").shape == (0, 24)
-    assert kernels.argmax(draw(0, 24)).shape == (0,)
-    assert kernels.log_softmax(draw(0, 24)).shape == (0, 24)
 
 
 def test_linear_keeps_nan_in_its_row_and_overflow_infinite(kernels: Kernels) -> None:
@@ -224,32 +222,6 @@ def test_rope_rounds_as_transformers_does(
         torch.testing.assert_close(x, want, rtol=0, atol=1e-6)
     else:
         assert torch.equal(x, want)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [1, 3, 100, 1023, 5000])
-def test_argmax_equals_torch(kernels: Kernels, size: int, dtype: torch.dtype) -> None:
-    x = draw(20, size, dtype=dtype)
-    x[1] = -torch.inf
-    x[2, size // 2 :] = torch.inf
-    x[3] = 0
-    x[4] = -torch.inf
-    x[4, size - 1] = -1e30
-    x[5, size // 3] = torch.nan
-    x[6] = 5.0
-    x[7, size // 2] = x[7, size - 1] = 100.0
-    assert torch.equal(kernels.argmax(x), torch.stack([row.float().argmax() for row in x]))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [1, 3, 100, 5000])
-def test_log_softmax_equals_float64(kernels: Kernels, size: int, dtype: torch.dtype) -> None:
-    x = draw(6, size, dtype=dtype) * 5
-    if size > 3:
-        x[2, 1:3] = -torch.inf
-    got = kernels.log_softmax(x)
-    assert got.dtype is torch.float32
-    torch.testing.assert_close(got.double(), x.double().log_softmax(-1), rtol=2e-6, atol=4e-6)
 
 
 def test_what_does_not_fit_is_refused_by_name(kernels: Kernels) -> None:

@@ -1,4 +1,4 @@
-// Operations on rows: normalisation, gated activations, rotary positions, argmax and log-softmax.
+// Operations on rows: normalisation, gated activations, rotary positions.
 //
 // Invariant: a row's result depends on that row only. Where a model's own code rounds to its dtype between two
 // operations, so does this: results match the module that is replaced, not only approximately.
@@ -116,64 +116,6 @@ void rotate(T* x, const T* cos, const T* sin, int64_t half) {
     });
 }
 
-// As torch: the first of the largest; a NaN counts as larger than all. Blocks first, so that only the winning
-// block is searched for the place.
-template <class T>
-int64_t argmax(const T* x, int64_t D) {
-    constexpr int64_t block = 64 * W;
-    float top = -INFINITY;
-    int64_t place = 0;
-    for (int64_t b = 0; b < D; b += block) {
-        const int64_t size = std::min(block, D - b);
-        Vf best = set1(-INFINITY), odd = zero();  // odd: not below infinity, so infinity or NaN
-        int64_t d = 0;
-        for (; d + W <= size; d += W) {
-            const Vf v = load(x + b + d);
-            best = max(best, v);
-            odd = max(odd, select(less(v, set1(INFINITY)), zero(), set1(1.0f)));
-        }
-        float high = reduce_max(best);
-        bool search = reduce_max(odd) > 0.0f;
-        for (; d < size; ++d) {
-            high = std::max(high, to_float(x[b + d]));
-            search = search || std::isnan(to_float(x[b + d]));
-        }
-        for (int64_t i = b; search && i < b + size; ++i)
-            if (std::isnan(to_float(x[i]))) return i;
-        if (high > top) {
-            top = high;
-            place = b;
-        }
-    }
-    while (place + 1 < D && to_float(x[place]) < top) ++place;
-    return place;
-}
-
-template <class T>
-void log_softmax_row(float* out, const T* x, int64_t D) {
-    float top = -INFINITY;
-    for_vectors(D, [&](int64_t d, int64_t n) {
-        if (n == W)
-            top = std::max(top, reduce_max(load(x + d)));
-        else
-            for (int64_t i = 0; i < n; ++i) top = std::max(top, to_float(x[d + i]));
-    });
-    Vf sum = zero();
-    float rest = 0.0f;
-    for_vectors(D, [&](int64_t d, int64_t n) {
-        float lanes[W];
-        const Vf e = exp(sub(load_some(x + d, n), set1(top)));
-        if (n == W) {
-            sum = add(sum, e);
-        } else {
-            store(lanes, e);
-            for (int64_t i = 0; i < n; ++i) rest += lanes[i];
-        }
-    });
-    const Vf shift = set1(top + std::log(reduce_add(sum) + rest));
-    for_vectors(D, [&](int64_t d, int64_t n) { store_some(out + d, sub(load_some(x + d, n), shift), n); });
-}
-
 template <class T>
 const T* at(const void* p, int64_t elements) { return static_cast<const T*>(p) + elements; }
 template <class T>
@@ -229,24 +171,4 @@ MEGPT_EXPORT void megpt_rope(void* x, const void* cos, const void* sin, int64_t 
         megpt::rope<bf16>(x, cos, sin, T, H, rotary, stride_t, stride_h, threads);
     else
         megpt::rope<float>(x, cos, sin, T, H, rotary, stride_t, stride_h, threads);
-}
-
-// out [R] int64: where each row of x [R, D] is largest.
-MEGPT_EXPORT void megpt_argmax(int64_t* out, const void* x, int64_t R, int64_t D, int64_t x_stride, int64_t dtype,
-                               int64_t threads) {
-    for_rows(R, D, 6e3, threads, [&](int64_t r) {
-        out[r] = dtype == kBFloat16 ? megpt::argmax(at<bf16>(x, r * x_stride), D)
-                                    : megpt::argmax(at<float>(x, r * x_stride), D);
-    });
-}
-
-// out [R, D] float32 = log softmax of the rows of x [R, D].
-MEGPT_EXPORT void megpt_log_softmax(float* out, const void* x, int64_t R, int64_t D, int64_t x_stride, int64_t dtype,
-                                    int64_t threads) {
-    for_rows(R, D, 2e3, threads, [&](int64_t r) {
-        if (dtype == kBFloat16)
-            megpt::log_softmax_row(out + r * D, at<bf16>(x, r * x_stride), D);
-        else
-            megpt::log_softmax_row(out + r * D, at<float>(x, r * x_stride), D);
-    });
 }
