@@ -17,7 +17,11 @@ from memory_efficient_gpt.errors import (
     InvalidRequestError,
     SamplingFailedError,
 )
+from memory_efficient_gpt.loading import resolve_model
+from memory_efficient_gpt.native.build import Unavailable
+from memory_efficient_gpt.native.ops import load_kernels
 from memory_efficient_gpt.request import FinishReason, Request, SamplingParams, SequenceEvent
+from memory_efficient_gpt.tokenizer import Tokenizer
 
 VOCAB = 96
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -285,9 +289,88 @@ def test_closed_engine_says_so() -> None:
         engine.submit(Request(id="s", prompt_token_ids=(2, 3)))
 
 
-def test_int8_cache_gives_in_a_batch_what_it_gives_alone() -> None:
-    alone = make_engine(kv_cache_dtype="int8", prefix_cache=False)
-    expected: dict[tuple[str, int], Output] = {}
+@pytest.fixture(scope="module")
+def int8_expected() -> dict[tuple[str, int], Output]:
+    engine = make_engine(kv_cache_dtype="int8", prefix_cache=False)
+    outputs: dict[tuple[str, int], Output] = {}
     for request in mixed_requests():
-        expected |= run(alone, [request])
-    assert run(make_engine(kv_cache_dtype="int8", max_batched_tokens=16), mixed_requests()) == expected
+        outputs |= run(engine, [request])
+    return outputs
+
+
+def test_int8_cache_gives_in_a_batch_what_it_gives_alone(
+    int8_expected: dict[tuple[str, int], Output],
+) -> None:
+    assert run(make_engine(kv_cache_dtype="int8", max_batched_tokens=16), mixed_requests()) == int8_expected
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_int8_cache_survives_preemption_and_prefix_hits(
+    overlap: bool, int8_expected: dict[tuple[str, int], Output]
+) -> None:
+    engine = make_engine(
+        kv_cache_dtype="int8", num_kv_blocks=24, max_model_len=80, max_batched_tokens=16, overlap=overlap
+    )
+    assert run(engine, mixed_requests()) == int8_expected
+    assert engine.stats().num_preemptions > 0
+    before = engine.stats().prefix_hits_tokens
+    # Latest first: in the first order each prompt would evict the cached blocks that the next one needs.
+    assert run(engine, mixed_requests()[::-1]) == int8_expected
+    assert engine.stats().prefix_hits_tokens > before
+    assert engine.stats().num_free_blocks == engine.stats().num_kv_blocks
+
+
+DEMO_TEXTS = (
+    "The old house stood at the end of the lane, and nobody had lived in it since the winter when",
+    "The old house stood at the end of the lane, and nobody had lived in it; but one evening a light",
+    "“Who is there?” cried the old man, and he took up his lantern and went slowly to the door, for",
+    "It was",
+)
+
+
+def demo_requests() -> list[Request]:
+    tokenizer = Tokenizer.load(resolve_model("demo"))
+    return [
+        Request(
+            id=f"{number}-{seed}",
+            prompt_token_ids=tuple(tokenizer.encode(text)),
+            params=SamplingParams(temperature=0.8, top_p=0.95, seed=seed, max_tokens=24, ignore_eos=True),
+        )
+        for seed in range(3)
+        for number, text in enumerate(DEMO_TEXTS)
+    ]
+
+
+def load_demo(**options: Any) -> Engine:
+    return Engine.load(EngineConfig(model="demo", device="cpu", dtype="bfloat16", **options))
+
+
+@pytest.fixture(scope="module")
+def demo_expected() -> dict[tuple[str, int], Output]:
+    if isinstance(kernels := load_kernels(), Unavailable):
+        pytest.skip(kernels.reason)
+    engine = load_demo(prefix_cache=False, num_kv_blocks=100)
+    outputs: dict[tuple[str, int], Output] = {}
+    for request in demo_requests():
+        outputs |= run(engine, [request])
+    assert engine.stats().num_preemptions == 0
+    return outputs
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_bfloat16_gives_in_a_batch_what_it_gives_alone(
+    overlap: bool, demo_expected: dict[tuple[str, int], Output]
+) -> None:
+    engine = load_demo(num_kv_blocks=12, max_batched_tokens=16, overlap=overlap, debug_checks=True)
+    assert (engine.info.dtype, engine.info.attention_backend) == ("bfloat16", "cpu-native")
+    assert run(engine, demo_requests()) == demo_expected
+    assert engine.stats().num_preemptions > 0
+    before = engine.stats().prefix_hits_tokens
+    assert run(engine, demo_requests()) == demo_expected
+    assert engine.stats().prefix_hits_tokens > before
+    assert engine.stats().num_free_blocks == engine.stats().num_kv_blocks
+
+
+def test_the_demo_requests_have_different_outputs(demo_expected: dict[tuple[str, int], Output]) -> None:
+    """Guards the test above: a request that got another one's tokens would be noticed."""
+    assert len({tuple(tokens) for tokens, _ in demo_expected.values()}) == len(demo_expected)
