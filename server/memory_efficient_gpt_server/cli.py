@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()
     except ConfigError as error:
-        problems = "\n".join(f"  - {problem}" for problem in error.problems)
-        print(f"megpt: the settings are wrong:\n{problems}", file=sys.stderr)
+        print(f"megpt: {_listed(error.problems)}", file=sys.stderr)
         return EXIT_WRONG_USE
     except MegptError as error:
         print(f"megpt: {error}", file=sys.stderr)
@@ -72,3 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     return code
+
+
+def _listed(problems: Sequence[str]) -> str:
+    """One problem speaks for itself; several get a heading."""
+    if len(problems) == 1:
+        return problems[0]
+    return "the settings are wrong:\n" + "\n".join(f"  - {problem}" for problem in problems)

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Final, TypeVar
 from fastapi import Depends, Request
 from pydantic import BaseModel, ValidationError
 
-from memory_efficient_gpt.errors import InvalidRequestError
 from memory_efficient_gpt_server.admission import Admission
+from memory_efficient_gpt_server.body_problems import refused_body
 from memory_efficient_gpt_server.errors import (
     AdminRequiredError,
     AuthenticationError,
@@ -28,12 +28,12 @@ from memory_efficient_gpt_server.errors import (
     ClientDisconnectedError,
     UnsupportedMediaTypeError,
 )
+from memory_efficient_gpt_server.keys import key_digest
 from memory_efficient_gpt_server.lifecycle import Lifecycle
 from memory_efficient_gpt_server.logs import RequestRecord
 from memory_efficient_gpt_server.metrics import Metrics
 from memory_efficient_gpt_server.models import ModelCatalog
-from memory_efficient_gpt_server.schemas import problem_of
-from memory_efficient_gpt_server.settings import Settings, key_digest
+from memory_efficient_gpt_server.settings import Settings
 from memory_efficient_gpt_server.text import TextPool
 
 _Schema = TypeVar("_Schema", bound=BaseModel)
@@ -142,8 +142,7 @@ def json_body(schema: type[_Schema]) -> Callable[[Request], Awaitable[_Schema]]:
         try:
             return schema.model_validate_json(body, strict=True)
         except ValidationError as error:
-            message, param = problem_of(error)
-            raise InvalidRequestError(message, param=param) from None
+            raise refused_body(error, body) from None
 
     return read
 

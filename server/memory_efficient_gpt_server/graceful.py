@@ -76,6 +76,9 @@ class GracefulServer(uvicorn.Server):
         elif signum is signal.SIGINT:
             logger.warning("SIGINT again: ending at once.")
             self.exit_code = EXIT_FORCED
+            # the application is not asked to end but cancelled: uvicorn would log a traceback of that
+            self.lifespan.logger = logging.getLogger(f"{__name__}.cut_short")
+            self.lifespan.logger.disabled = True
             self.force_exit = self.should_exit = True
 
     async def _drain_then_exit(self) -> None:

@@ -51,9 +51,11 @@ class RequestRecord:
         }
 
 
-def log_request(logger: logging.Logger, record: RequestRecord) -> None:
-    """Write the line of a request that has ended."""
-    level = logging.ERROR if record.status >= 500 and record.status != 503 else logging.INFO
+def log_request(logger: logging.Logger, record: RequestRecord, *, quiet: bool = False) -> None:
+    """Write the line of a request that has ended; `quiet` ones are for DEBUG only."""
+    level = logging.DEBUG if quiet else logging.INFO
+    if record.status >= 500 and record.status != 503:
+        level = logging.ERROR
     logger.log(
         level,
         "%s %s %d in %.3f s",

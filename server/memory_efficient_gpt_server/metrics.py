@@ -106,22 +106,6 @@ _ENGINE_COUNTERS: Final[tuple[tuple[str, str, Callable[[EngineStats], float]], .
 )
 
 
-class MonotonicStats:
-    """Adds up an engine's counters across restarts, so that Prometheus never sees one fall."""
-
-    def __init__(self) -> None:
-        self._last: dict[str, float] = {}
-        self._before: dict[str, float] = {}
-
-    def total(self, name: str, value: float) -> float:
-        """The counter's value since this server began."""
-        last = self._last.get(name, 0.0)
-        if value < last:
-            self._before[name] = self._before.get(name, 0.0) + last
-        self._last[name] = value
-        return self._before.get(name, 0.0) + value
-
-
 class Metrics(Collector):
     """All numbers of this server. `expose` renders them."""
 
@@ -129,7 +113,6 @@ class Metrics(Collector):
         self._catalog = catalog
         self._admission = admission
         self._models = {model.id: ModelMetrics() for model in catalog}
-        self._engines = {model.id: MonotonicStats() for model in catalog}
         self._http: Counter[tuple[str, str, int]] = Counter()
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -177,8 +160,8 @@ class Metrics(Collector):
         for name, text, read in _ENGINE_COUNTERS:
             counter = CounterMetricFamily(f"megpt_{name}", text, labels=["model_name"])
             for model in self._catalog:
-                value = self._engines[model.id].total(name, read(model.engine.stats))
-                counter.add_metric([model.id], value)
+                engine = model.engine  # restarts must not make a counter fall
+                counter.add_metric([model.id], read(engine.ended_stats) + read(engine.stats))
             yield counter
 
     def _finished(self) -> Metric:

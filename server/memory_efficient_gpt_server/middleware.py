@@ -3,6 +3,8 @@
 Purpose: one pure ASGI layer, so that streams and cancellation pass through untouched.
 Does not know: what routes do.
 Invariant: every request gets exactly one id, one log line and one count, however it ends.
+
+HEAD is answered as GET is, without the body; routes see a GET.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from memory_efficient_gpt_server.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 _SANE_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_PROBES: Final = frozenset({"/livez", "/readyz"})
+"""Asked every few seconds for as long as the server runs."""
+
 _METHODS: Final = frozenset({"GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 
@@ -31,6 +36,7 @@ class RequestScope:
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
+        self._last_probes: dict[str, int] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -39,6 +45,9 @@ class RequestScope:
             return
         request_id = _request_id(scope)
         method = scope["method"] if scope["method"] in _METHODS else "other"
+        without_body = method == "HEAD"
+        if without_body:
+            scope = {**scope, "method": "GET"}  # a copy: the server's own still says HEAD
         record = RequestRecord(id=request_id, method=method)
         scope["megpt.request_id"], scope["megpt.record"] = request_id, record
         token = request_id_var.set(request_id)
@@ -48,6 +57,8 @@ class RequestScope:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), header]
+            elif without_body:
+                message["body"] = b""
             await send(message)
 
         try:
@@ -68,7 +79,15 @@ class RequestScope:
         route = scope.get("route")
         record.route = getattr(route, "path", record.route)
         self._metrics.count_http(record.route, record.method, record.status)
-        log_request(logger, record)
+        log_request(logger, record, quiet=self._repeats(record))
+
+    def _repeats(self, record: RequestRecord) -> bool:
+        """Whether this is a health check with the same answer as the one before: no news."""
+        if record.route not in _PROBES:
+            return False
+        last = self._last_probes.get(record.route)
+        self._last_probes[record.route] = record.status
+        return record.status == last
 
 
 def _request_id(scope: Scope) -> str:

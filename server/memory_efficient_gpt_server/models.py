@@ -37,7 +37,8 @@ class ModelEngine(Protocol):
     """An engine somewhere else, as this process sees it. Used from one event loop, never blocks it.
 
     `state` is "loading", "ready", "draining", "failed" or "closed", `reason` says why; `info` is None until
-    it was ready once; `stalled` is true while it has work but makes no step.
+    it was ready once; `stats` is the present engine's, all zero while there is none, and `ended_stats` adds
+    up the counters of those before it; `stalled` is true while it has work but makes no step.
     """
 
     @property
@@ -51,6 +52,9 @@ class ModelEngine(Protocol):
 
     @property
     def stats(self) -> EngineStats: ...
+
+    @property
+    def ended_stats(self) -> EngineStats: ...
 
     @property
     def stalled(self) -> bool: ...

@@ -1,13 +1,12 @@
 """The bodies that clients send: which fields exist, of which types, and which are refused and why.
 
-Purpose: one strict schema per body, and one sentence for whatever is wrong with it.
-Does not know: models, limits of sampling parameters (`SamplingParams.validate` has those).
+Purpose: one strict schema per body.
+Does not know: models, limits of sampling parameters (`SamplingParams.validate` has those), how errors read.
 Invariant: every field is used, or refused with a reason; numbers are finite; nothing is coerced.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal, Self
@@ -19,20 +18,19 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     PlainValidator,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from memory_efficient_gpt.request import MAX_LOGIT_BIAS, SamplingParams
+from memory_efficient_gpt_server.wording import short
 
 MAX_PROMPTS: Final = 16
 MAX_MESSAGES: Final = 2048
 MAX_USER_CHARACTERS: Final = 256
 MAX_BIAS: Final = 100
-_PROBLEMS_SHOWN: Final = 3
-_TOKEN_ID: Final = re.compile(r"[0-9]{1,10}")
+_TOKEN_ID: Final = re.compile(r"0|[1-9][0-9]{0,9}")
 
 PromptInput = str | tuple[int, ...]
 
@@ -69,7 +67,7 @@ def _texts(value: Any) -> tuple[str, ...]:
         return (value,)
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
-    raise _problem(f"must be a string or a list of strings, got {_short(value)}.")
+    raise _problem(f"must be a string or a list of strings, got {short(value)}.")
 
 
 def _prompts(value: Any) -> tuple[PromptInput, ...]:
@@ -77,7 +75,7 @@ def _prompts(value: Any) -> tuple[PromptInput, ...]:
         return (value,)
     if not isinstance(value, list) or not value:
         raise _problem(
-            f"must be a string, a list of strings, or one or several lists of token ids, got {_short(value)}."
+            f"must be a string, a list of strings, or one or several lists of token ids, got {short(value)}."
         )
     if _all_ints(value):
         return (tuple(value),)
@@ -99,11 +97,11 @@ def _content(value: Any) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
-        raise _problem(f"must be a string or a non-empty list of text parts, got {_short(value)}.")
+        raise _problem(f"must be a string or a non-empty list of text parts, got {short(value)}.")
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else part
-            raise _problem(f"has a part of type {_short(kind)}; only text parts are supported.")
+            raise _problem(f"has a part of type {short(kind)}; only text parts are supported.")
         if set(part) != {"type", "text"} or not isinstance(part["text"], str):
             raise _problem("has a text part that is not of the form {'type': 'text', 'text': '...'}.")
     return "\n".join(part["text"] for part in value)
@@ -111,16 +109,14 @@ def _content(value: Any) -> str:
 
 def _logit_bias(value: Any) -> Mapping[int, float]:
     if not isinstance(value, dict):
-        raise _problem(f"must be an object of token id: bias, got {_short(value)}.")
+        raise _problem(f"must be an object of token id: bias, got {short(value)}.")
     if len(value) > MAX_LOGIT_BIAS:
         raise _problem(f"has {len(value)} entries; the limit is {MAX_LOGIT_BIAS}.")
     for token_id, bias in value.items():
         if not _TOKEN_ID.fullmatch(token_id):
-            raise _problem(f"has the key {_short(token_id)}; keys must be token ids.")
+            raise _problem(f"has the key {short(token_id)}; keys must be token ids, without leading zeros.")
         if type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:  # NaN is not in any range
-            raise _problem(
-                f"has the bias {_short(bias)}; it must be a number from -{MAX_BIAS} to {MAX_BIAS}."
-            )
+            raise _problem(f"has the bias {short(bias)}; it must be a number from -{MAX_BIAS} to {MAX_BIAS}.")
     return {int(token_id): bias for token_id, bias in value.items()}
 
 
@@ -191,6 +187,21 @@ class GenerationBody(StrictModel):
         """Whether a stream ends with a chunk of usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def output_limit(self) -> int | None:
+        """The most tokens of an answer, if the client says so."""
+        return self.max_tokens
+
+    @property
+    def output_limit_field(self) -> str | None:
+        """The field that says so; None if none does."""
+        return None if self.max_tokens is None else "max_tokens"
+
+    @property
+    def names_of_parameters(self) -> Mapping[str, str]:
+        """Sampling parameters whose field here has another name."""
+        return {}
+
     def sampling(
         self,
         defaults: Mapping[str, float],
@@ -240,7 +251,8 @@ class CompletionBody(GenerationBody):
     def _check_best_of(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise _problem(
-                f"best_of must equal n (got {self.best_of} and {self.n or 1}): every candidate is returned.",
+                f"best_of must equal n (got {short(self.best_of)} and {short(self.n or 1)}): "
+                "every candidate is returned.",
                 "best_of",
             )
         return self
@@ -295,6 +307,21 @@ class ChatBody(GenerationBody):
             raise _problem("max_tokens and max_completion_tokens mean the same; give one.", "max_tokens")
         return self
 
+    @property
+    def output_limit(self) -> int | None:
+        """Both fields mean it."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def output_limit_field(self) -> str | None:
+        """Whichever was given."""
+        return super().output_limit_field if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def names_of_parameters(self) -> Mapping[str, str]:
+        """`logprobs` is a switch here; its number is in `top_logprobs`."""
+        return {"max_tokens": self.output_limit_field or "max_tokens", "logprobs": "top_logprobs"}
+
 
 class TokenizeBody(StrictModel):
     """POST /v1/tokenize: text or a conversation."""
@@ -321,47 +348,3 @@ class DetokenizeBody(StrictModel):
 
     model: str
     tokens: list[int]
-
-
-def problem_of(error: ValidationError) -> tuple[str, str | None]:
-    """What is wrong with a body, in whole sentences, and the first field concerned."""
-    items = error.errors(include_url=False)
-    sentences = [_sentence(item) for item in items[:_PROBLEMS_SHOWN]]
-    if len(items) > _PROBLEMS_SHOWN:
-        sentences.append(f"There are {len(items) - _PROBLEMS_SHOWN} more problems.")
-    param = items[0].get("ctx", {}).get("param") if items[0]["type"] == "sentence" else None
-    return " ".join(sentences), param or _path(items[0]["loc"]) or None
-
-
-def _sentence(item: Mapping[str, Any]) -> str:
-    path, kind, message = _path(item["loc"]), item["type"], item["msg"]
-    if kind == "json_invalid":
-        return f"The body is not valid JSON: {message.removeprefix('Invalid JSON: ')}."
-    if not path:
-        return (
-            message if kind == "sentence" else f"The body must be a JSON object, got {_short(item['input'])}."
-        )
-    if kind == "sentence":
-        return f"{path} {message}"
-    if kind == "missing":
-        return f"{path} is required."
-    if kind == "extra_forbidden":
-        return f"{path} is not a field that is known here. Check its spelling or leave it out."
-    text = message.replace("Input should be", "must be").replace("Input should", "should")
-    text = re.sub(r"^(String|List|Dictionary) should", "should", text)
-    return f"{path} {text}, got {_short(item['input'])}."
-
-
-def _path(loc: tuple[int | str, ...]) -> str:
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
-    return _clipped(text.removeprefix("."), 80)
-
-
-def _short(value: object) -> str:
-    """A value as its sender wrote it, about."""
-    some = value[:60] if isinstance(value, str | list | bytes) else value
-    return _clipped(json.dumps(some, ensure_ascii=False, default=repr), 60)
-
-
-def _clipped(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[:limit] + "..."

@@ -8,17 +8,17 @@ that others can reach has a key.
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, Self
 
-import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -31,14 +31,23 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 from memory_efficient_gpt.config import Dtype, EngineConfig, KVCacheDtype
 from memory_efficient_gpt.errors import ConfigError
+from memory_efficient_gpt_server.keys import key_problems
+from memory_efficient_gpt_server.settings_sources import (
+    CONFIG_FILE_ENV,
+    ENV_PREFIX,
+    read_environ,
+    read_yaml,
+)
 
-ENV_PREFIX: Final = "MEGPT_"
-CONFIG_FILE_ENV: Final = "MEGPT_CONFIG"
-NO_SETTINGS: Final = frozenset({CONFIG_FILE_ENV, "MEGPT_CACHE_DIR", "MEGPT_NATIVE_ISA"})
-"""Variables with the prefix that others read: the settings file's path; the native kernels' build."""
 MODEL_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-LEAST_KEY_CHARACTERS: Final = 16
-_HASHED_KEY: Final = re.compile(r"sha256:([0-9a-f]{64})")
+
+
+def _checked_id(value: str) -> str:
+    if not MODEL_ID.fullmatch(value):
+        raise ValueError(
+            f"{value!r:.80} must be a letter or digit and up to 63 letters, digits, '.', '_' or '-'"
+        )
+    return value
 
 
 class ModelSettings(BaseModel):
@@ -46,7 +55,9 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    id: str = Field("", description="name in the API; empty takes the last part of `model`")
+    id: Annotated[str, AfterValidator(_checked_id)] = Field(
+        "", description="name in the API; empty takes the last part of `model`"
+    )
     model: str = Field(
         min_length=1, description="bundled model's name, checkpoint folder, or hub id (org/name)"
     )
@@ -85,10 +96,6 @@ class ModelSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not MODEL_ID.fullmatch(self.id):
-            raise ValueError(
-                f"id {self.id!r} must be a letter or digit and up to 63 letters, digits, '.', '_' or '-'"
-            )
         try:
             self.engine_config()
         except ConfigError as error:
@@ -172,12 +179,6 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         problems = [*_key_problems(self), *_model_problems(self)]
-        if not self.loopback and not self.api_keys:
-            problems.append(
-                f"host {self.host} can be reached from other machines but no API key is set. "
-                f"Set {ENV_PREFIX}API_KEYS (for example to the output of `openssl rand -hex 32`) "
-                "or listen on 127.0.0.1."
-            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -198,9 +199,10 @@ class Settings(BaseSettings):
             return False
 
     def served_models(self) -> tuple[ModelSettings, ...]:
-        """`models`, then those of `models_dir`; the bundled demo if there are neither."""
-        found = self.models + tuple(_models_in(self.models_dir) if self.models_dir else ())
-        return found or (ModelSettings(model="demo"),)
+        """`models`, then those of `models_dir`; the bundled demo if neither is set."""
+        if self.models_dir is not None:
+            return self.models + tuple(_models_in(self.models_dir, []))
+        return self.models or (ModelSettings(model="demo"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,44 +236,67 @@ class LoadedSettings:
 
 
 def load_settings(
-    command_line: Mapping[str, Any], environ: Mapping[str, str], config_file: Path | None = None
+    command_line: Mapping[str, Any],
+    environ: Mapping[str, str],
+    config_file: Path | None = None,
+    wrong: Mapping[str, str] = MappingProxyType({}),
 ) -> LoadedSettings:
     """Settings from all sources. Raises ConfigError with every problem of every source.
 
     command_line: only the options that were given. config_file: None takes MEGPT_CONFIG's, if that is set.
+    wrong: setting -> what the caller has found wrong with it already.
     """
     if config_file is None and environ.get(CONFIG_FILE_ENV):
         config_file = Path(environ[CONFIG_FILE_ENV])
+    problems, unsure = list(wrong.values()), set(wrong)
+    known = Settings.model_fields
+    from_file = {} if config_file is None else read_yaml(config_file, known, problems)
+    if from_file is None:
+        unsure.add("host")  # the keys that it needs may stand in that file
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    problems: list[str] = []
     for given, source in (
-        (_read_yaml(config_file, problems), str(config_file)),
-        (_read_environ(environ, problems), ""),
-        (dict(command_line), "command line"),
+        (from_file or {}, str(config_file)),
+        (read_environ(environ, known, problems), ""),
+        (command_line, "command line"),
     ):
         values |= given
         sources |= {name: source or ENV_PREFIX + name.upper() for name in given}
-    settings = _validated(values, sources, problems)
+    settings = _validated(_without(values, unsure), sources, problems)
     if settings is None or problems:
         raise ConfigError(problems)
     return LoadedSettings(settings, sources)
 
 
+def _without(values: Mapping[str, Any], unsure: Set[str]) -> dict[str, Any]:
+    """The values whose checks against each other can be trusted while `unsure` ones are not known."""
+    if "api_keys" in unsure:
+        unsure = unsure | {"host"}  # whether it may be reached from outside depends on the keys
+    return {name: value for name, value in values.items() if name not in unsure}
+
+
 def _validated(values: dict[str, Any], sources: Mapping[str, str], problems: list[str]) -> Settings | None:
+    """None if anything is wrong: then `problems` has it all, of single settings and of several together."""
     try:
         return Settings(**values)
     except ValidationError as error:
-        for item in error.errors(include_url=False):
-            name = ".".join(map(str, item["loc"]))
-            message = item["msg"].removeprefix("Value error, ")
-            if not name:
-                problems += message.split("\n")
-            elif item["type"] == "extra_forbidden":
-                problems.append(f"{name} ({_source_of(item['loc'], sources)}): there is no such setting.")
-            else:
-                problems.append(f"{name} ({_source_of(item['loc'], sources)}): {message}{_got(item)}.")
-        return None
+        items = error.errors(include_url=False)
+    for item in items:
+        problems += _sentences(item, sources)
+    if wrong := {str(item["loc"][0]) for item in items if item["loc"]}:
+        # pydantic checks settings together only once each is right by itself
+        _validated(_without(values, wrong), sources, problems)
+    return None
+
+
+def _sentences(item: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]:
+    name = ".".join(map(str, item["loc"]))
+    message = item["msg"].removeprefix("Value error, ")
+    if not name:
+        return list(message.split("\n"))
+    if item["type"] == "extra_forbidden":
+        return [f"{name} ({_source_of(item['loc'], sources)}): there is no such setting."]
+    return [f"{name} ({_source_of(item['loc'], sources)}): {message}{_got(item)}."]
 
 
 def _source_of(loc: tuple[int | str, ...], sources: Mapping[str, str]) -> str:
@@ -285,88 +310,59 @@ def _got(item: Mapping[str, Any]) -> str:
     return f", got {item['input']!r:.80}" if plain and not secret else ""
 
 
-def _read_yaml(path: Path | None, problems: list[str]) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problems.append(f"config file {path} can't be read: {' '.join(str(error).split())}")
-        return {}
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict) or not all(isinstance(name, str) for name in raw):
-        problems.append(f"config file {path} must hold a mapping of settings, got {type(raw).__name__}.")
-        return {}
-    return raw
-
-
-def _read_environ(environ: Mapping[str, str], problems: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for variable, value in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable in NO_SETTINGS:
-            continue
-        name = variable.removeprefix(ENV_PREFIX).lower()
-        if name not in Settings.model_fields:
-            problems.append(f"{variable} (environment): there is no such setting.")
-        elif value or name == "api_keys":
-            values[name] = None if value == "null" else value
-    return values
-
-
 def _key_problems(settings: Settings) -> list[str]:
     named = [(f"api_keys[{i}]", key) for i, key in enumerate(settings.api_keys)]
     if settings.admin_key is not None:
         named.append(("admin_key", settings.admin_key))
-    problems = []
-    for name, key in named:
-        text = key.get_secret_value()
-        if text.startswith("sha256:"):
-            if not _HASHED_KEY.fullmatch(text):
-                problems.append(f"{name} must be sha256: and 64 lower-case hex digits.")
-        elif not text.isascii() or not text.isprintable() or " " in text or len(text) < LEAST_KEY_CHARACTERS:
-            problems.append(
-                f"{name} has {len(text)} characters; it must have at least {LEAST_KEY_CHARACTERS}, "
-                "all printable ASCII and none a space. Make one with `openssl rand -hex 32`."
-            )
-    digests = [key_digest(key.get_secret_value()) for _, key in named]
-    if len(set(digests)) < len(digests):
-        problems.append("api_keys and admin_key must all differ.")
+    problems = key_problems([(name, key.get_secret_value()) for name, key in named])
+    if not settings.loopback and not settings.api_keys:
+        lacking = "no API key is set" if settings.admin_key is None else "an admin key alone is not enough"
+        problems.append(
+            f"host {settings.host} can be reached from other machines but {lacking}: clients need a key of "
+            f"their own. Set {ENV_PREFIX}API_KEYS (for example to the output of `openssl rand -hex 32`) "
+            "or listen on 127.0.0.1."
+        )
     return problems
 
 
-def key_digest(key: str) -> bytes:
-    """SHA-256 of a key as configured: plain, or already hashed as sha256:<hex>."""
-    hashed = _HASHED_KEY.fullmatch(key)
-    return bytes.fromhex(hashed[1]) if hashed else hashlib.sha256(key.encode()).digest()
-
-
 def _model_problems(settings: Settings) -> list[str]:
-    if settings.models_dir is not None and not settings.models_dir.is_dir():
-        return [f"models_dir {settings.models_dir} is not a folder."]
-    try:
-        ids = [model.id for model in settings.served_models()]
-    except ValueError as error:
-        return [str(error)]
-    return [
+    problems: list[str] = []
+    models = list(settings.models)
+    if settings.models_dir is not None:
+        models += _models_in(settings.models_dir, problems)
+    ids = [model.id for model in models]
+    return problems + [
         f"{ids.count(i)} models have the id {i!r}; give them different ids."
         for i in dict.fromkeys(ids)
         if ids.count(i) > 1
     ]
 
 
-def _models_in(folder: Path) -> list[ModelSettings]:
-    """The models of `folder`. Raises ValueError for a link or a name that can't be an id."""
-    models = []
-    for path in sorted(folder.iterdir()):
-        if not (path / "config.json").is_file():
-            continue
+def _models_in(folder: Path, problems: list[str]) -> list[ModelSettings]:
+    """The models of `folder`. What can't be served (a link, a name that is no id) goes to `problems`."""
+    try:
+        found = [path for path in sorted(folder.iterdir()) if (path / "config.json").is_file()]
+    except (NotADirectoryError, FileNotFoundError):
+        problems.append(f"models_dir {folder} is not a folder.")
+        return []
+    except OSError as error:
+        problems.append(f"models_dir {folder} can't be read: {error.strerror}.")
+        return []
+    if not found:
+        problems.append(
+            f"models_dir {folder} has no model: no folder in it has a config.json. Give the folder that "
+            "holds model folders, or name one model with `models`."
+        )
+    for path in found:
         if path.is_symlink():
-            raise ValueError(f"models_dir has the link {path.name}; list its target under `models` instead.")
-        if not MODEL_ID.fullmatch(path.name):
-            raise ValueError(f"models_dir has a folder {path.name!r} whose name can't be an id; rename it.")
-        models.append(ModelSettings(id=path.name, model=str(path.absolute())))
-    return models
+            problems.append(f"models_dir has the link {path.name}; list its target under `models` instead.")
+        elif not MODEL_ID.fullmatch(path.name):
+            problems.append(f"models_dir has a folder {path.name!r} whose name can't be an id; rename it.")
+    return [
+        ModelSettings(id=path.name, model=str(path.absolute()))
+        for path in found
+        if not path.is_symlink() and MODEL_ID.fullmatch(path.name)
+    ]
 
 
 def _shown(value: Any) -> str:

@@ -21,7 +21,7 @@ import socket
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Final
@@ -46,7 +46,8 @@ def start_fork_server() -> None:
     for name, value in PRELOAD_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOAD_MODULE])
-    with _engine_on_python_path():
+    resource_tracker.ensure_running()  # it would unblock the interrupts below
+    with _engine_on_python_path(), _interrupts_blocked():
         forkserver.ensure_running()
 
 
@@ -67,6 +68,17 @@ def _engine_on_python_path() -> Iterator[None]:
             os.environ.pop("PYTHONPATH", None)
         else:
             os.environ["PYTHONPATH"] = before
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """For a child: Ctrl-C reaches all of the terminal's processes, and the fork server's imports would end
+    with a traceback. It is told to end by our end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class WorkerProcess(asyncio.Protocol):

@@ -50,6 +50,7 @@ from memory_efficient_gpt.frames import (
 from memory_efficient_gpt.request import Request, SequenceEvent
 from memory_efficient_gpt.wire import FrameError
 from memory_efficient_gpt.worker import LoadEngine, load_engine
+from memory_efficient_gpt_server.counters import add_counters
 from memory_efficient_gpt_server.event_stream import EventStream
 from memory_efficient_gpt_server.supervision import RestartRule, StallRule
 from memory_efficient_gpt_server.worker_process import WorkerProcess
@@ -90,7 +91,8 @@ class WorkerModel:
     """One model in one worker process. Owned by the event loop in which `start` was called.
 
     `state` and `reason` say what it is doing and why; `info` is None until it was ready once; `stats` is
-    the last that the worker told; `stalled` is true while it has work but makes no step.
+    the last that the living worker told, `ended_stats` adds up the counters of those before it; `stalled` is
+    true while it has work but makes no step.
     """
 
     def __init__(
@@ -109,6 +111,8 @@ class WorkerModel:
         self.reason: str | None = "not started"
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
+        self.ended_stats = EngineStats()
+        self._uncounted_tokens = 0
         self.progress = LoadProgress("waiting", 0.0)
         self.times = LoadTimes()
         self.num_restarts = 0
@@ -252,7 +256,14 @@ class WorkerModel:
                 self._kill_if_beyond_hope(process)
         finally:
             self._process = None
+            self._count_ended()
         return self._after_death(_how_it_ended(process.ended.result()))
+
+    def _count_ended(self) -> None:
+        """Keep what the worker counted, to the last token that it gave; nothing runs any more."""
+        last = replace(self.stats, generated_tokens=self.stats.generated_tokens + self._uncounted_tokens)
+        self.ended_stats = add_counters(self.ended_stats, last)
+        self.stats, self._uncounted_tokens = EngineStats(), 0
 
     def _after_death(self, how: str) -> float | None:
         now_s = time.monotonic()
@@ -293,9 +304,10 @@ class WorkerModel:
             case Events(events):
                 self._stall_rule.moved(time.monotonic())
                 for event in events:
+                    self._uncounted_tokens += len(event.token_ids)
                     self._deliver(event)
             case Stats(stats, step_p99_s):
-                self.stats = stats
+                self.stats, self._uncounted_tokens = stats, 0
                 self._stall_rule.counted(stats.steps, step_p99_s, time.monotonic())
             case Progress(phase, fraction):
                 self.progress = LoadProgress(phase, fraction)

@@ -18,6 +18,7 @@ import uvicorn
 from memory_efficient_gpt.loading import bundled_models
 from memory_efficient_gpt.tokenizer import Tokenizer
 from memory_efficient_gpt_server.app import create_app
+from memory_efficient_gpt_server.commands.serve import listen
 from memory_efficient_gpt_server.deps import Server
 from memory_efficient_gpt_server.models import ModelCatalog, ServedModel
 from memory_efficient_gpt_server.settings import load_settings
@@ -80,24 +81,25 @@ def serve(tokenizer: Tokenizer, answer_ids: list[int]) -> Serve:
     ) -> Iterator[LiveServer]:
         engine = engine or ScriptedEngine(list(answer_ids))
         model = ServedModel("demo", engine, tokenizer, defaults or {})
-        app = create_app(load_settings(settings, {}).settings, ModelCatalog([model]))
+        checked = load_settings({"port": 0, **settings}, {}).settings
+        app = create_app(checked, ModelCatalog([model]))
         config = uvicorn.Config(
-            app, host="127.0.0.1", port=0, http="h11", log_config=None, access_log=False, lifespan="on",
-            timeout_graceful_shutdown=1,
-        )  # fmt: skip
+            app, http="h11", log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1
+        )
         server = uvicorn.Server(config)
         loops: list[asyncio.AbstractEventLoop] = []
+        listener = listen(checked)  # as `megpt serve` does, so that tests see its connections
 
         async def run() -> None:
             loops.append(asyncio.get_running_loop())
-            await server.serve()
+            await server.serve(sockets=[listener])
 
         thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
         thread.start()
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             thread.join(0.005)
-        host, port = server.servers[0].sockets[0].getsockname()[:2]
+        host, port = listener.getsockname()[:2]
         try:
             yield LiveServer(f"http://{host}:{port}", host, port, app.state.megpt, engine, loops[0])
         finally:

@@ -33,6 +33,7 @@ class ScriptedEngine:
     reason: str | None = None
     stalled: bool = False
     stats: EngineStats = field(default_factory=lambda: EngineStats(num_kv_blocks=100, num_free_blocks=75))
+    ended_stats: EngineStats = field(default_factory=EngineStats)
     cached_tokens: int = 0
     refuse_with: MegptError | None = None
     before_token: Callable[[Request, int], MegptError | None] = lambda request, count: None

@@ -3,51 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import errno
 import io
 import json
 import os
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from memory_efficient_gpt.loading import bundled_models
+from memory_efficient_gpt.errors import ConfigError
 from memory_efficient_gpt.tokenizer import Tokenizer
 from memory_efficient_gpt_server.cli import COMMANDS, build_parser, main
 from memory_efficient_gpt_server.commands.options import byte_size
-from memory_efficient_gpt_server.commands.serve import given_settings
-
-MEGPT = [sys.executable, "-m", "memory_efficient_gpt_server"]
-START_TIMEOUT_S = 60
-
-
-def _environment(**extra: str) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("MEGPT_")}
-    return {**clean, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **extra}
-
-
-def megpt(*args: str, stdin: str = "", timeout_s: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*MEGPT, *args],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env=_environment(**env),
-        check=False,
-    )
+from memory_efficient_gpt_server.commands.serve import given_settings, listen
+from memory_efficient_gpt_server.settings import load_settings
+from tests.server.command_line import clean_environment, megpt
 
 
 @dataclass
@@ -76,86 +54,6 @@ def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     return run
 
 
-class RunningServer:
-    """`megpt serve` on a free port, its output collected."""
-
-    def __init__(self, *args: str, **env: str) -> None:
-        self.process = subprocess.Popen(
-            [*MEGPT, "serve", "--port", "0", "--num-threads", "1", *args],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment(**env),
-            start_new_session=True,
-        )  # fmt: skip
-        self.out: list[str] = []
-        self.err: list[str] = []
-        self._readers = [
-            threading.Thread(target=lines.extend, args=(pipe,), daemon=True)
-            for lines, pipe in ((self.out, self.process.stdout), (self.err, self.process.stderr))
-        ]
-        for reader in self._readers:
-            reader.start()
-
-    def wait_for(self, pattern: str) -> re.Match[str]:
-        """A match in what was printed to standard output so far or later."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if match := re.search(pattern, "".join(self.out)):
-                return match
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.02)
-        raise AssertionError(f"{pattern!r} was not printed:\n{''.join(self.out)}\n{''.join(self.err)}")
-
-    def url(self) -> str:
-        url = self.wait_for(r"serving on (http://\S+)")[1]
-        self.wait_for("try it:")
-        return url
-
-    def workers(self) -> list[int]:
-        """Process ids of all descendants."""
-        found: list[int] = []
-        todo = [self.process.pid]
-        while todo:
-            children = Path(f"/proc/{todo[0]}/task/{todo.pop(0)}/children").read_text().split()
-            found += map(int, children)
-            todo += map(int, children)
-        return found
-
-    def wait(self, timeout_s: float = 20) -> int:
-        code = self.process.wait(timeout_s)
-        for reader in self._readers:
-            reader.join(5)
-        for pipe in (self.process.stdout, self.process.stderr):
-            assert pipe is not None
-            pipe.close()
-        return code
-
-
-@contextlib.contextmanager
-def serving(*args: str, **env: str) -> Iterator[RunningServer]:
-    server = RunningServer(*args, **env)
-    try:
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.wait()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
-
-
-def _assert_gone(pids: list[int]) -> None:
-    """Within two seconds of the server's end."""
-    deadline = time.monotonic() + 2
-    while any(map(_alive, pids)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 # ---- help, arguments, settings
 
 
@@ -169,7 +67,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
         "print(sorted(heavy & set(sys.modules)), time.process_time())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=_environment(), check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, env=clean_environment(), check=True
     )
     heavy, seconds = done.stdout.splitlines()[-1].rsplit(" ", 1)
     assert heavy == "[]"
@@ -186,16 +84,28 @@ def test_every_command_explains_itself_with_an_example(
     assert f"  megpt {command}" in capsys.readouterr().out
 
 
-def test_every_example_in_the_help_is_a_valid_command(capsys: pytest.CaptureFixture[str]) -> None:
+def _help_texts(capsys: pytest.CaptureFixture[str]) -> str:
     parser = build_parser()
     texts = [parser.epilog or ""]
     for command in COMMANDS:
         with pytest.raises(SystemExit):
             parser.parse_args([command.__name__.rsplit(".", 1)[1], "--help"])
         texts.append(capsys.readouterr().out)
+    return "\n".join(texts)
+
+
+def test_every_file_named_in_the_help_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    named = re.findall(r"(?<![\w/.:])\w[\w.-]*/[\w./-]*\.\w+", _help_texts(capsys))
+    assert "configs/default.yaml" in named
+    root = Path(__file__).parents[2]
+    assert [name for name in named if not (root / name).is_file()] == []
+
+
+def test_every_example_in_the_help_is_a_valid_command(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = build_parser()
     # an example ends at three spaces (its explanation), a comment, a pipe or a redirection
     examples = re.findall(
-        r"^  (?:\S+=\S+(?: \S+ \S+\))? )?megpt (.+?)(?:   .*| [|<>#] .*)?$", "\n".join(texts), re.M
+        r"^  (?:\S+=\S+(?: \S+ \S+\))? )?megpt (.+?)(?:   .*| [|<>#] .*)?$", _help_texts(capsys), re.M
     )
     assert len(examples) > 20
     for example in examples:
@@ -223,19 +133,63 @@ def test_all_wrong_settings_are_told_at_once_before_anything_starts(tmp_path: Pa
 
 def test_a_taken_port_is_told_with_the_remedy() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = megpt("serve", "--port", str(taken.getsockname()[1]))
+        port = taken.getsockname()[1]
+        done = megpt("serve", "--port", str(port))
     assert done.returncode == 2
-    assert "Choose another --port" in done.stderr
+    why = os.strerror(errno.EADDRINUSE)
+    assert done.stderr == (
+        f"megpt: 127.0.0.1 port {port} can't be listened on: {why}. Another program, perhaps another "
+        "`megpt serve`, has it. Choose another --port; --port 0 takes a free one.\n"
+    )
 
 
-def test_engine_options_need_a_model_to_belong_to() -> None:
-    done = megpt("serve", "--max-num-seqs", "4")
+@pytest.mark.parametrize(
+    ("host", "remedy"), [("a..b", "another --host"), ("203.0.113.7", "that this machine has")]
+)
+def test_an_address_that_is_not_ours_is_told_with_the_remedy(host: str, remedy: str) -> None:
+    settings = load_settings({"host": host, "port": 0, "api_keys": ["k" * 32]}, {}).settings
+    with pytest.raises(ConfigError, match=f"{host}.*{remedy}"):
+        listen(settings)
+
+
+def test_a_name_that_is_not_known_is_told_in_the_name_services_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create_server(*args: Any, **options: Any) -> socket.socket:
+        try:
+            raise socket.gaierror(socket.EAI_NONAME, "Name not known")
+        except OSError as error:  # as socket.create_server does
+            raise OSError(error.errno, "Name not known (while attempting to bind)") from None
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    with pytest.raises(ConfigError, match=r"Name not known\. Choose another --host"):
+        listen(load_settings({"port": 0}, {}).settings)
+
+
+def test_the_listener_names_its_protocol_so_that_asyncio_sends_without_delay() -> None:
+    with listen(load_settings({"port": 0}, {}).settings) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+
+
+def test_what_serve_itself_finds_wrong_is_told_with_the_rest(tmp_path: Path) -> None:
+    words = ("--max-num-seqs", "4", "--api-key-file", str(tmp_path / "none"), "--port", "99999")
+    done = megpt("serve", "--host", "0.0.0.0", *words, MEGPT_MAX_SEQUENCES="0")
     assert done.returncode == 2
-    assert "--max-num-seqs needs --model" in done.stderr
+    assert len(done.stderr.splitlines()) == 5
+    for part in ("--max-num-seqs needs --model", "--api-key-file", "port (command line)", "max_sequences"):
+        assert part in done.stderr
+
+
+def test_a_key_file_without_a_key_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("# none yet\n")
+    wrong: dict[str, str] = {}
+    given_settings(build_parser().parse_args(["serve", "--api-key-file", str(tmp_path / "keys")]), wrong)
+    assert "has no key" in wrong["api_keys"]
 
 
 def _given(*words: str) -> dict[str, Any]:
-    return given_settings(build_parser().parse_args(["serve", *words]))
+    wrong: dict[str, str] = {}
+    given = given_settings(build_parser().parse_args(["serve", *words]), wrong)
+    assert not wrong
+    return given
 
 
 def test_serve_gives_only_the_settings_that_were_given() -> None:
@@ -299,13 +253,21 @@ def test_generate_gives_json(here: Here) -> None:
     [
         (("generate", "no-such-model", "-p", "x"), "no-such-model"),
         (("generate", "demo", "-p", "x", "-t", "9"), "temperature must be"),
-        (("generate", "demo"), "prompt is empty"),
+        (("generate", "demo"), "'demo' was taken as the model"),
+        (("generate", "It was a dark"), "megpt generate demo -p 'It was a dark'"),
+        (("generate", "word " * 1000), "prompt is empty"),
     ],
 )
 def test_generate_says_what_is_wrong(here: Here, words: tuple[str, ...], told: str) -> None:
     done = here(*words)
     assert done.code == 1
     assert told in done.err
+
+
+def test_a_text_without_its_option_is_refused_with_the_command_to_type(here: Here) -> None:
+    done = here("generate", "demo", "It was a dark")
+    assert done.code == 2
+    assert "megpt generate demo -p 'It was a dark'" in done.err
 
 
 def test_chat_keeps_a_conversation(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,64 +333,3 @@ def test_doctor_fails_on_settings_that_would_stop_the_server(
     assert done.code == 1
     assert re.search(r"X wrong .*API key", done.out)
     assert "1 failures" in done.out
-
-
-# ---- the server
-
-
-@pytest.fixture
-def damaged_demo(tmp_path: Path) -> Path:
-    """The demo model with the end of its weights missing."""
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    for file in bundled_models()["demo"].iterdir():
-        content = file.read_bytes()
-        (folder / file.name).write_bytes(content[:-1000] if file.suffix == ".safetensors" else content)
-    return folder
-
-
-def test_the_server_serves_what_it_can_drains_on_sigterm_and_leaves_nothing(damaged_demo: Path) -> None:
-    with serving("--model", "demo", "--model", str(damaged_demo)) as server:
-        url = server.url()
-        assert re.search(r"damaged: failed \(.*model\.safetensors", "".join(server.out))
-        processes = server.workers()
-        chat = megpt("chat", "demo", "--url", url, "-n", "5", stdin="Hello\n")
-        assert chat.returncode == 0, chat.stderr
-        assert chat.stdout.strip()
-
-        body = {"model": "demo", "prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as stream:
-            assert stream.status_code == 200, stream.read()
-            lines = stream.iter_lines()
-            next(line for line in lines if line.startswith("data:"))
-            server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.1)
-            refused = httpx.post(f"{url}/v1/completions", json={**body, "stream": False}, timeout=30)
-            assert (refused.status_code, "retry-after" in refused.headers) == (503, True)
-            rest = [line for line in lines if line.startswith("data:")]
-        assert rest[-1] == "data: [DONE]"
-        assert '"finish_reason":"length"' in rest[-2].replace(" ", "")
-        assert server.wait() == 0
-        _assert_gone(processes)
-
-
-def test_a_second_interrupt_ends_the_server_at_once() -> None:
-    with serving("--model", "demo") as server:
-        url = server.url()
-        processes = server.workers()
-        body = {
-            "model": "demo",
-            "prompt": "Once",
-            "max_tokens": 400,
-            "n": 8,
-            "ignore_eos": True,
-            "stream": True,
-        }
-        request = httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30)
-        with contextlib.suppress(httpx.HTTPError), request as stream:
-            next(stream.iter_lines())
-            server.process.send_signal(signal.SIGINT)
-            time.sleep(0.05)
-            server.process.send_signal(signal.SIGINT)
-            assert server.wait(5) == 130
-        _assert_gone(processes)

@@ -7,7 +7,8 @@ import json
 import logging
 import re
 import sys
-from dataclasses import replace
+import time
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from memory_efficient_gpt.engine_info import EngineStats
 from memory_efficient_gpt.errors import EngineFailedError
+from memory_efficient_gpt_server.counters import COUNTERS, add_counters
 from memory_efficient_gpt_server.logs import HumanFormatter, JsonFormatter, configure_logging, request_id_var
-from memory_efficient_gpt_server.metrics import Histogram, MonotonicStats
+from memory_efficient_gpt_server.metrics import Histogram
 from tests.server.conftest import LiveServer, Serve
 from tests.server.scripted_model import ScriptedEngine
 from tests.server.test_bad_requests import assert_error
@@ -112,9 +114,43 @@ def test_metrics_have_vllms_names_and_count(serve: Serve, answer_ids: list[int])
         assert {dict(labels)["method"] for labels in http} == {"POST", "GET", "other"}
 
 
-def test_counters_never_fall_when_an_engine_restarts() -> None:
-    stats = MonotonicStats()
-    assert [stats.total("a", v) for v in (5, 9, 0, 3, 1)] == [5, 9, 9, 12, 13]
+def test_counters_go_on_and_gauges_do_not_when_an_engine_restarts(
+    serve: Serve, answer_ids: list[int]
+) -> None:
+    with serve(ScriptedEngine(answer_ids)) as live:
+        life = EngineStats(num_running=8, num_kv_blocks=9, prompt_tokens=50, generated_tokens=70, steps=7)
+        # the second life counts further than the first, before anyone scrapes: nothing may be lost by that
+        live.engine.ended_stats = add_counters(add_counters(EngineStats(), life), life)
+        live.engine.stats = EngineStats(generated_tokens=100)
+        values, model = scrape(live), (("model_name", "demo"),)
+    assert values["megpt_generation_tokens_total", model] == 240
+    assert values["megpt_prompt_tokens_total", model] == 100
+    assert values["megpt_num_requests_running", model] == values["megpt_kv_cache_usage_perc", model] == 0
+
+
+def test_every_total_of_an_engine_is_kept() -> None:
+    present = {"num_running", "num_waiting", "num_kv_blocks", "num_free_blocks", "num_cached_blocks"}
+    assert {f.name for f in fields(EngineStats)} == {*COUNTERS, *present, "last_step_s"}
+
+
+def test_head_is_answered_as_get_without_a_body(live: LiveServer) -> None:
+    with live.client() as client:
+        for path in ("/livez", "/readyz", "/metrics", "/v1/models/demo"):
+            head, get = client.head(path), client.get(path)
+            assert (head.status_code, head.content) == (get.status_code, b"") == (200, b"")
+            assert head.headers["content-type"] == get.headers["content-type"]
+        assert client.head("/v1/completions").status_code == 405
+        assert client.head("/nothing").status_code == 404
+    assert 'method="HEAD",route="/livez"' in str(live.server.metrics.expose())
+
+
+def test_answers_on_a_kept_connection_come_at_once(live: LiveServer) -> None:
+    with live.client() as client:
+        client.get("/livez")
+        began = time.perf_counter()
+        for _ in range(20):
+            client.post("/v1/completions", json={**BODY, "max_tokens": 1})
+        assert (time.perf_counter() - began) / 20 < 0.03  # a delayed ACK takes 40 ms
 
 
 def test_histograms_put_values_on_a_bound_below_it() -> None:
@@ -160,6 +196,19 @@ def test_each_request_leaves_one_line_without_its_text(
     assert (bad["status"], bad["error"]) == (400, "invalid_value")
     text = json.dumps(lines())
     assert "secret" not in text
+
+
+def test_a_health_check_is_news_only_when_its_answer_changes(
+    serve: Serve, answer_ids: list[int], lines: Any
+) -> None:
+    with serve(ScriptedEngine(answer_ids)) as live, live.client() as client:
+        for stalled in (False, False, True, True, False, False):
+            live.engine.stalled = stalled
+            client.get("/readyz")
+            client.get("/v1/models")
+    told = [line["request"] for line in lines() if "request" in line]
+    assert [line["status"] for line in told if line["route"] == "/readyz"] == [200, 503, 200]
+    assert len([line for line in told if line["route"] == "/v1/models"]) == 6
 
 
 def test_a_failed_stream_is_logged_with_its_error(serve: Serve, answer_ids: list[int], lines: Any) -> None:

@@ -55,6 +55,50 @@ def test_every_problem_of_every_source_is_told_at_once(tmp_path: Path) -> None:
         assert part in told, part
 
 
+def test_settings_are_checked_together_though_some_are_wrong_alone(tmp_path: Path) -> None:
+    (tmp_path / "bad name").mkdir()
+    (tmp_path / "bad name" / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "bad name")
+    values = {"host": "0.0.0.0", "port": 70000, "admin_key": "short", "models_dir": tmp_path}
+    told = problems_of({**values, "models": ["demo", "demo"]}, {"MEGPT_MAX_SEQUENCES": "0"})
+    for part in (
+        "port", "max_sequences", "can be reached", "admin_key has", "2 models have", "bad name", "link",
+    ):  # fmt: skip
+        assert part in told, part
+    assert len(told.splitlines()) == len(set(told.splitlines())) == 7
+
+
+def test_no_problem_follows_from_a_value_that_is_not_known(tmp_path: Path) -> None:
+    public = {"host": "0.0.0.0"}
+    for told in (
+        problems_of({**public, "api_keys": 7}, {}),
+        problems_of(public, {}, write(tmp_path, "api_keys: [")),
+    ):
+        assert len(told.splitlines()) == 1 and "can be reached" not in told
+    with pytest.raises(ConfigError) as caught:
+        load_settings({**public, "port": -1}, {}, None, {"api_keys": "--api-key-file x can't be read."})
+    assert [problem[:10] for problem in caught.value.problems] == ["--api-key-", "port (comm"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("port: 1\nhost: localhost\nport: 2\n", "port stands twice (lines 1 and 3)"),
+        ("models:\n- {model: demo, dtype: auto, dtype: float32}\n", "dtype stands twice (line 2)"),
+        ("port: 1\n'port': 2\n", "port stands twice (lines 1 and 2)"),
+        ("_env_file: x\n", "_env_file"),
+    ],
+)
+def test_nothing_in_a_file_is_dropped_in_silence(tmp_path: Path, text: str, told: str) -> None:
+    assert told in problems_of({}, {}, write(tmp_path, text))
+
+
+def test_a_merged_key_may_be_overridden(tmp_path: Path) -> None:
+    text = "models:\n- &base {id: a, model: demo, dtype: float32}\n- {<<: *base, id: b}\n"
+    models = load_settings({}, {}, write(tmp_path, text)).settings.models
+    assert [(model.id, model.dtype) for model in models] == [("a", "float32"), ("b", "float32")]
+
+
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just text", "a: [", "\x00", "!!python/object:os.system {}"])
 def test_a_file_that_is_no_mapping_is_a_problem(tmp_path: Path, text: str) -> None:
     assert str(tmp_path) in problems_of({}, {}, write(tmp_path, text))
@@ -92,6 +136,11 @@ def test_weak_keys_are_problems_and_not_repeated(key: str) -> None:
     assert "api_keys[0]" in told and (not key or key not in told)
 
 
+def test_an_admin_key_alone_does_not_open_a_public_server() -> None:
+    told = problems_of({"host": "0.0.0.0"}, {"MEGPT_ADMIN_KEY": KEY})
+    assert "an admin key alone is not enough" in told and "no API key is set" not in told
+
+
 def test_one_key_for_two_roles_is_a_problem() -> None:
     assert "differ" in problems_of({"api_keys": [KEY], "admin_key": KEY}, {})
 
@@ -122,6 +171,8 @@ def test_models_from_the_environment() -> None:
 def test_wrong_models_are_problems(tmp_path: Path) -> None:
     assert "2 models have the id 'demo'" in problems_of({"models": ["demo", "demo"]}, {})
     assert "not a folder" in problems_of({"models_dir": tmp_path / "none"}, {})
+    told = problems_of({"models_dir": tmp_path}, {})  # and not the demo instead
+    assert str(tmp_path) in told and "has no model" in told
     assert "id" in problems_of({"models": [{"id": "../x", "model": "demo"}]}, {})
     assert "both size" in problems_of(
         {"models": [{"model": "a", "kv_cache_bytes": 1, "num_kv_blocks": 2}]}, {}

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from memory_efficient_gpt.config import EngineConfig
+from memory_efficient_gpt.engine_info import EngineStats
 from memory_efficient_gpt.errors import (
     ConfigError,
     EngineFailedError,
@@ -223,10 +224,15 @@ def test_a_dead_worker_fails_its_requests_and_is_replaced(cause: str) -> None:
             rest = [event async for event in victim]
             assert {event.index for event in rest if isinstance(event.error, EngineFailedError)} == {0, 1}
             await until(lambda: model.state is not ModelState.READY)
+            assert model.stats == EngineStats()  # nothing runs any more
+            counted = model.ended_stats.generated_tokens
+            assert counted > 0 and model.ended_stats.num_running == 0
             await model.wait_ready(30)
             assert model.pid != first_pid
             assert tokens(await answer(model, request(COUNT))) == [0, 1, 2, 3, 4]
             assert model.num_restarts == 1
+            await until(lambda: model.stats.generated_tokens == 5)
+            assert model.ended_stats.generated_tokens == counted
 
     asyncio.run(run())
 

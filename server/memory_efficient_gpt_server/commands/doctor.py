@@ -22,7 +22,7 @@ from memory_efficient_gpt_server.commands.options import Commands, new_command
 
 _EXAMPLES = """\
   megpt doctor
-  megpt doctor --config configs/server.yaml     # also checks these settings
+  megpt doctor --config configs/default.yaml    # also checks these settings
   megpt doctor --json
 """
 _PACKAGES: Final = (

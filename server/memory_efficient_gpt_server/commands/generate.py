@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 import time
 from typing import TYPE_CHECKING, Final
@@ -35,9 +37,14 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = new_command(
         commands, "generate", summary="continue a text, shown as it comes", examples=_EXAMPLES
     )
-    parser.add_argument("model", metavar="MODEL", help="bundled model's name, checkpoint folder, or hub id")
     parser.add_argument(
-        "--prompt", "-p", metavar="TEXT", help="the text to continue (default: standard input)"
+        "model",
+        metavar="MODEL",
+        help="bundled model's name, checkpoint folder, or hub id (not the text: that is -p TEXT)",
+    )
+    parser.add_argument("stray", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--prompt", "-p", metavar="TEXT", help="the text to continue (default: what comes on standard input)"
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object at the end instead of text"
@@ -49,15 +56,18 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load, generate, print."""
-    from memory_efficient_gpt.errors import InvalidRequestError
+    from memory_efficient_gpt.errors import ConfigError, InvalidRequestError
 
+    if args.stray:
+        text, model = shlex.quote(" ".join(args.stray)), shlex.quote(args.model)
+        raise ConfigError([f"the text to continue goes to -p: megpt generate {model} -p {text}"])
     if args.prompt is None and sys.stdin.isatty():
-        print("type the text to continue, then Ctrl-D:", file=sys.stderr)
+        if not _could_be_model(args.model):
+            raise InvalidRequestError(_no_prompt(args.model), param="prompt")
+        print(f"{args.model} is the model; type the text to continue, then Ctrl-D:", file=sys.stderr)
     prompt: str = args.prompt if args.prompt is not None else sys.stdin.read()
     if not prompt:
-        raise InvalidRequestError(
-            "The prompt is empty. Give --prompt TEXT or pipe a text in.", param="prompt"
-        )
+        raise InvalidRequestError(_no_prompt(args.model), param="prompt")
     params = sampling_params(args, max_tokens=DEFAULT_MAX_TOKENS)
 
     from memory_efficient_gpt.api import LLM
@@ -66,6 +76,24 @@ def run(args: argparse.Namespace) -> int:
         show = _show_json if args.json else _show_text
         show(llm, prompt, params)
     return 0
+
+
+def _could_be_model(name: str) -> bool:
+    """Whether a person who typed this may have meant a model: names have no spaces, folders may."""
+    return not any(character.isspace() for character in name) or os.path.exists(name)
+
+
+def _no_prompt(model: str) -> str:
+    from memory_efficient_gpt_server.wording import clipped
+
+    could_be, model = _could_be_model(model), clipped(model, 60)
+    if could_be:
+        command = f'megpt generate {shlex.quote(model)} -p "The old house stood"'
+        taken = f"{model!r} was taken as the model; the text"
+    else:
+        command = f"megpt generate demo -p {shlex.quote(model)}"
+        taken = f"{model!r} was taken as the model, which comes first; the text"
+    return f"The prompt is empty. {taken} to continue goes to --prompt (-p) or standard input: {command}"
 
 
 def _show_text(llm: LLM, prompt: str, params: SamplingParams) -> None:

@@ -2,12 +2,14 @@
 
 Purpose: start everything, show it, and stop it without losing an accepted request.
 Does not know: routes, engines.
-Invariant: the first signal drains and ends with exit code 0; a second SIGINT ends at once.
+Invariant: the first signal drains and ends with exit code 0; a second SIGINT ends at once, and so does the
+first while the server is still being put together.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import socket
 import sys
@@ -17,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Final
 from memory_efficient_gpt_server.commands.options import Commands, byte_size, new_command
 
 if TYPE_CHECKING:
+    from memory_efficient_gpt_server.graceful import GracefulServer
     from memory_efficient_gpt_server.settings import Settings
+    from memory_efficient_gpt_server.workers import WorkerModel
 
 BACKLOG: Final = 2048
 
@@ -25,7 +29,7 @@ _EXAMPLES = """\
   megpt serve                                        the bundled demo model on http://127.0.0.1:8000
   megpt serve --model demo --model ./my-model        two models, each in a process of its own
   megpt serve --models-dir ~/models --port 9000      every model folder in ~/models
-  megpt serve --config configs/server.yaml           all settings from a file
+  megpt serve --config configs/default.yaml          all settings from a file
   MEGPT_API_KEYS=$(openssl rand -hex 32) megpt serve --host 0.0.0.0
 
 Every setting can also be an environment variable (MEGPT_PORT) or stand in the YAML file; this order wins:
@@ -84,9 +88,10 @@ def run(args: argparse.Namespace) -> int:
 
     from memory_efficient_gpt_server.settings import load_settings
 
-    settings = load_settings(given_settings(args), os.environ, args.config).settings
+    wrong: dict[str, str] = {}
+    settings = load_settings(given_settings(args, wrong), os.environ, args.config, wrong).settings
 
-    with _listen(settings) as listener:
+    with listen(settings) as listener:
         from memory_efficient_gpt_server.worker_process import start_fork_server
 
         start_fork_server()  # its imports take seconds: they go on while this process does its own
@@ -95,55 +100,69 @@ def run(args: argparse.Namespace) -> int:
         from memory_efficient_gpt_server.logs import configure_logging
 
         configure_logging(settings.log_level, settings.log_format, late_stderr())
-        return asyncio.run(_serve(settings, listener))
+        server, workers = _put_together(settings)  # outside of the loop, where Ctrl-C takes effect at once
+        return asyncio.run(_serve(server, workers, listener, settings.has_keys))
 
 
-def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the command line gives. Raises ConfigError."""
-    from memory_efficient_gpt.errors import ConfigError
-
+def given_settings(args: argparse.Namespace, wrong: dict[str, str]) -> dict[str, Any]:
+    """The settings that the command line gives. What is wrong there goes to `wrong`: setting -> problem."""
     given = {name: value for name in _SERVER_OPTIONS if (value := getattr(args, name)) is not None}
     engine = {name: value for name in _MODEL_OPTIONS if (value := getattr(args, name)) is not None}
     if engine and not args.model:
         names = ", ".join("--" + name.replace("_", "-") for name in engine)
-        raise ConfigError([f"{names} needs --model: it says how models given there are run."])
+        wrong["models"] = f"{names} needs --model: it says how models given there are run."
     if args.model:
         given["models"] = [{"model": model, **engine} for model in args.model]
     if args.api_key_file is not None:
-        given["api_keys"] = _read_keys(args.api_key_file)
+        given["api_keys"] = _read_keys(args.api_key_file, wrong)
     return given
 
 
-def _read_keys(path: Path) -> list[str]:
-    from memory_efficient_gpt.errors import ConfigError
-
+def _read_keys(path: Path, wrong: dict[str, str]) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"--api-key-file {path} can't be read: {error}"]) from error
+        wrong["api_keys"] = f"--api-key-file {path} can't be read: {error}."
+        return []
     keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not keys:
-        raise ConfigError([f"--api-key-file {path} has no key. Write one on each line."])
+        wrong["api_keys"] = f"--api-key-file {path} has no key. Write one on each line."
     return keys
 
 
-def _listen(settings: Settings) -> socket.socket:
+def listen(settings: Settings) -> socket.socket:
     """The listening socket, bound before anything is loaded. Raises ConfigError."""
     from memory_efficient_gpt.errors import ConfigError
 
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
-    except OSError as error:
-        where, why = f"{settings.host} port {settings.port}", error.strerror
-        raise ConfigError([f"{where} can't be listened on: {why}. Choose another --port."]) from error
+        made = socket.create_server((settings.host, settings.port), family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host name that no name service could know
+        raise ConfigError([_why_not_listening(settings, error)]) from error
+    # asyncio sets TCP_NODELAY only where the protocol is named, and a socket passes its own on to those it
+    # accepts; without it every answer on a kept-alive connection waits 40 ms for the client's delayed ACK
+    return socket.socket(made.family, made.type, socket.IPPROTO_TCP, fileno=made.detach())
 
 
-async def _serve(settings: Settings, listener: socket.socket) -> int:
-    import asyncio
+def _why_not_listening(settings: Settings, error: OSError | UnicodeError) -> str:
+    where = f"{settings.host} port {settings.port} can't be listened on"
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None or code < 0:  # the name service's own numbers
+        why = getattr(error.__context__, "strerror", None) or error
+        return f"{where}: {why}. Choose another --host."
+    why = os.strerror(code)  # create_server's text repeats the address
+    if code == errno.EADDRINUSE:
+        return (
+            f"{where}: {why}. Another program, perhaps another `megpt serve`, has it. Choose another --port; "
+            "--port 0 takes a free one."
+        )
+    if code == errno.EADDRNOTAVAIL:
+        return f"{where}: {why}. Choose a --host that this machine has."
+    return f"{where}: {why}. Choose another --port; --port 0 takes a free one."
 
+
+def _put_together(settings: Settings) -> tuple[GracefulServer, list[WorkerModel]]:
     from memory_efficient_gpt_server.app import create_app, lifecycle_of
-    from memory_efficient_gpt_server.commands.load_display import show_loading
     from memory_efficient_gpt_server.graceful import GracefulServer
     from memory_efficient_gpt_server.hosting import build_catalog
     from memory_efficient_gpt_server.workers import WorkerModel
@@ -152,8 +171,17 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
     catalog = build_catalog(settings, worker_log_level=settings.log_level, worker_log_json=json_logs)
     app = create_app(settings, catalog)
     server = GracefulServer(app, drain_s=settings.drain_seconds, drained=lifecycle_of(app).drained)
-    workers = [model.engine for model in catalog if isinstance(model.engine, WorkerModel)]
-    showing = asyncio.create_task(show_loading(workers, _url(listener), key_needed=settings.has_keys))
+    return server, [model.engine for model in catalog if isinstance(model.engine, WorkerModel)]
+
+
+async def _serve(
+    server: GracefulServer, workers: list[WorkerModel], listener: socket.socket, key_needed: bool
+) -> int:
+    import asyncio
+
+    from memory_efficient_gpt_server.commands.load_display import show_loading
+
+    showing = asyncio.create_task(show_loading(workers, _url(listener), key_needed=key_needed))
     try:
         await server.serve(sockets=[listener])
     finally:

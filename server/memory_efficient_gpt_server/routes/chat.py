@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic_core import to_json
 
+from memory_efficient_gpt_server.body_problems import validate_sampling
 from memory_efficient_gpt_server.deps import (
     CurrentClient,
     CurrentServer,
@@ -45,10 +46,10 @@ async def create_chat_completion(
     info = model.require_ready()
     params = body.sampling(
         model.generation_defaults,
-        max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        max_tokens=body.output_limit,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    params.validate(info.vocab_size)
+    validate_sampling(params, body, info.vocab_size)
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
     dialect = ChatDialect(completion_id, model, body.include_usage)
     job = Job(completion_id, model, (Conversation(body.messages),), params, body, dialect, "messages")

@@ -18,6 +18,7 @@ from pydantic_core import to_json
 
 from memory_efficient_gpt.errors import InvalidRequestError
 from memory_efficient_gpt.request import TokenLogprob
+from memory_efficient_gpt_server.body_problems import validate_sampling
 from memory_efficient_gpt_server.deps import (
     CurrentClient,
     CurrentServer,
@@ -61,7 +62,7 @@ async def create_completion(
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if echo else None,
     )
-    params.validate(info.vocab_size)
+    validate_sampling(params, body, info.vocab_size)
     if score_only:
         params = replace(params, logprobs=None)
     completion_id = f"cmpl-{uuid.uuid4().hex}"

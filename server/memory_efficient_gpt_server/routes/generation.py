@@ -172,7 +172,7 @@ class GenerationResponse(Response):
                 size_of(prompt), partial(encode, job.model.tokenizer, prompt)
             )
             field = f"{job.field}[{number}]" if len(job.prompts) > 1 else job.field
-            check_prompt(token_ids, info, job.params.max_tokens, field)
+            check_prompt(token_ids, info, job.params.max_tokens, field, job.body.output_limit_field)
             prompts.append(token_ids)
         return prompts
 

@@ -12,7 +12,6 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic_core import to_json
 
-from memory_efficient_gpt.errors import InvalidRequestError
 from memory_efficient_gpt_server.deps import (
     CurrentClient,
     CurrentServer,
@@ -22,7 +21,7 @@ from memory_efficient_gpt_server.deps import (
     require_key,
 )
 from memory_efficient_gpt_server.schemas import DetokenizeBody, TokenizeBody
-from memory_efficient_gpt_server.text import Conversation, encode, estimated_tokens, size_of
+from memory_efficient_gpt_server.text import Conversation, check_token_ids, encode, estimated_tokens, size_of
 
 router = APIRouter(dependencies=[Depends(require_key)])
 
@@ -60,11 +59,7 @@ async def detokenize(
     model = server.catalog.get(body.model)
     info = model.require_ready()
     record_of(request).model = model.id
-    for token_id in body.tokens:
-        if not 0 <= token_id < info.vocab_size:
-            raise InvalidRequestError(
-                f"tokens has the id {token_id:.0f}; ids go from 0 to {info.vocab_size - 1}.", param="tokens"
-            )
+    check_token_ids(body.tokens, info.vocab_size, "tokens")
     async with server.lifecycle.running(request.receive, server.settings.request_timeout_s):
         with server.admission.reserve(client.id, 1, len(body.tokens)):
             text = await server.text_pool.run(len(body.tokens), lambda: model.tokenizer.decode(body.tokens))
