@@ -203,7 +203,8 @@ private:
         for (int64_t panel = first; panel < end; ++panel) {
             const int64_t m0 = p_.panel_start(panel), rows = p_.panel_start(panel + 1) - m0;
             const int64_t asked = (panel - first) * ahead;
-            const bool ask = asked < kColumns && after + asked + ahead <= p_.N;
+            // A single panel passes once over w in order: the processor's own prefetching does that better.
+            const bool ask = p_.panels > 1 && asked < kColumns && after + asked + ahead <= p_.N;
             const Tile<E> t{m0, n, p_.packed + m0 * p_.chunks * Chunk<E>::size, partial_ + (panel - first) * kTile,
                             next + asked * p_.K, ask ? ahead : 0};
             if (n + kColumns <= columns_.n1)

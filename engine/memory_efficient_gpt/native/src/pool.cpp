@@ -5,17 +5,25 @@
 // holds a core, the caller does the work alone instead of waiting for a time slice, as OpenMP's barrier would.
 // One call at a time has the helpers; another thread's call in the meantime runs its items by itself.
 //
+// Waiting threads look for news for a moment before they sleep: the calls of a step follow each other within
+// microseconds, and waking a sleeping thread takes as long as a small matrix. An idle engine burns nothing.
+//
 // Helpers start on first use, so that a process may fork before; a fork after that starts its own.
 
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
 #include <thread>
 
 #include "parallel.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
 
 namespace megpt {
 namespace {
@@ -31,24 +39,46 @@ struct Job {
     }
 };
 
+constexpr std::chrono::microseconds kPatience{60};
+
+// Whether `done` came true within kPatience.
+template <class Condition>
+bool look_for(const Condition& done) {
+    const auto start = std::chrono::steady_clock::now();
+    do {
+        for (int i = 0; i < 32; ++i) {
+            if (done()) return true;
+#if defined(__x86_64__) || defined(__i386__)
+            _mm_pause();
+#endif
+        }
+    } while (std::chrono::steady_clock::now() - start < kPatience);
+    return false;
+}
+
 class Pool {
 public:
     // False if the helpers are busy with another call.
     bool run(Job& job, int helpers) {
+        bool asleep;
         {
             std::unique_lock<std::mutex> lock(mutex_);
             if (job_ != nullptr || working_ != 0) return false;
             start(helpers);
             job_ = &job;
             seats_ = helpers;
+            asleep = sleeping_ > 0;
         }
-        if (helpers == 1)
-            wake_.notify_one();
-        else
-            wake_.notify_all();
+        if (asleep && helpers == 1) wake_.notify_one();
+        if (asleep && helpers > 1) wake_.notify_all();
         job.work();
+        {
+            std::unique_lock<std::mutex> lock(mutex_);
+            job_ = nullptr;
+            seats_ = 0;
+        }
+        if (look_for([this] { return working_ == 0; })) return true;
         std::unique_lock<std::mutex> lock(mutex_);
-        job_ = nullptr;
         done_.wait(lock, [this] { return working_ == 0; });
         return true;
     }
@@ -63,9 +93,12 @@ private:
     }
 
     void help() {
-        std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
-            wake_.wait(lock, [this] { return job_ != nullptr && seats_ > 0; });
+            look_for([this] { return seats_ > 0; });
+            std::unique_lock<std::mutex> lock(mutex_);
+            ++sleeping_;
+            wake_.wait(lock, [this] { return seats_ > 0; });
+            --sleeping_;
             Job& job = *job_;
             --seats_;
             ++working_;
@@ -76,11 +109,12 @@ private:
         }
     }
 
-    std::mutex mutex_;
+    std::mutex mutex_;  // guards what follows; the atomic ones may be looked at without it
     std::condition_variable wake_, done_;
     Job* job_ = nullptr;
-    int seats_ = 0;    // helpers that may still join the job
-    int working_ = 0;  // helpers that joined and are not done
+    std::atomic<int> seats_{0};    // helpers that may still join the job; 0 when there is none
+    std::atomic<int> working_{0};  // helpers that joined and are not done
+    int sleeping_ = 0;             // helpers that must be woken
     int started_ = 0;
 };
 
