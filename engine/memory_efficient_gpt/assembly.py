@@ -33,7 +33,19 @@ from memory_efficient_gpt.loading import (
     load_model,
     resolve_model,
 )
+from memory_efficient_gpt.native.build import Unavailable
 from memory_efficient_gpt.native.layers import NativeLayer
+from memory_efficient_gpt.native.ops import Kernels, load_kernels
+from memory_efficient_gpt.quantization.layers import find_layers
+from memory_efficient_gpt.quantization.model import (
+    give_kernels,
+    main_scheme,
+    quantize_model,
+    quantized_modules,
+    weight_bytes,
+)
+from memory_efficient_gpt.quantization.plans import uniform_plan
+from memory_efficient_gpt.quantization.scheme import Scheme, parse_scheme
 from memory_efficient_gpt.runner import PackedRunner, Runner
 from memory_efficient_gpt.scheduler import SchedulerConfig
 from memory_efficient_gpt.tiers import TierDecision, decide_tier
@@ -69,6 +81,7 @@ def assemble(config: EngineConfig, progress: Callable[[str, float], None]) -> Pa
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
+    scheme = parse_scheme(config.quantization) if config.quantization is not None else None
     progress("checking files", 0.0)
     folder = resolve_model(config.model, config.revision)
     files = check_checkpoint(folder)
@@ -78,6 +91,8 @@ def assemble(config: EngineConfig, progress: Callable[[str, float], None]) -> Pa
     dtype, notes = _resolve_dtype(config, model_config, device)
     progress("loading weights", 0.3)
     model = load_model(folder, model_config, dtype=dtype, device=device)
+    if scheme is not None:
+        notes = (*notes, *_quantize(model, scheme, config, device, progress))
     progress("preparing the cache", 0.9)
     parts = build(model, decision, config, device=device, name=config.model, folder=folder, notes=notes)
     logger.info(
@@ -87,6 +102,39 @@ def assemble(config: EngineConfig, progress: Callable[[str, float], None]) -> Pa
     )  # fmt: skip
     progress("ready", 1.0)
     return parts
+
+
+def _quantize(
+    model: PreTrainedModel,
+    scheme: Scheme,
+    config: EngineConfig,
+    device: torch.device,
+    progress: Callable[[str, float], None],
+) -> tuple[str, ...]:
+    """Quantize as was asked; returns what became of it, for people."""
+    if (present := main_scheme(model)) is not None:
+        if present == scheme:
+            return ()
+        raise ConfigError(
+            [f"{config.model} is quantized already, as {present}; {scheme} was asked for. "
+             "Leave quantization out, or give the checkpoint it was made from."]
+        )  # fmt: skip
+    plan = uniform_plan(find_layers(model), scheme)
+    report = quantize_model(
+        model,
+        plan,
+        kernels=_cpu_kernels(config, device),
+        progress=lambda name, share: progress(f"quantizing {name}", 0.4 + 0.5 * share),
+    )
+    return (report.summary(),)
+
+
+def _cpu_kernels(config: EngineConfig, device: torch.device) -> Kernels | None:
+    """The native kernels, if they may be used and there are any."""
+    if device.type != "cpu" or not config.native_kernels:
+        return None
+    kernels = load_kernels()
+    return None if isinstance(kernels, Unavailable) else kernels
 
 
 def build(
@@ -148,6 +196,8 @@ def _build_unpacked(
 ) -> Parts:
     """Tier C: one sequence at a time, its blocks a formality that never runs out."""
     model.eval()
+    if quantized_modules(model) and (kernels := _cpu_kernels(config, device)) is not None:
+        give_kernels(model, kernels)
     max_len, notes = _context_length(config, model.config, decision, (*notes, *decision.notes))
     if config.prefix_cache or config.max_num_seqs > 1:
         notes = (*notes, "no prefix cache, one sequence at a time: transformers owns the cache")
@@ -172,7 +222,7 @@ def _info(
     pool: KVPool | None,
     notes: tuple[str, ...],
 ) -> EngineInfo:
-    weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    scheme = main_scheme(model)
     return EngineInfo(
         model=name,
         architecture=type(model).__name__,
@@ -181,16 +231,23 @@ def _info(
         dtype=_dtype_name(model.dtype),
         device=str(device),
         max_model_len=max_len,
-        vocab_size=int(model.get_output_embeddings().weight.shape[0]),
+        vocab_size=_vocab_size(model),
         eos_token_ids=eos,
         num_kv_blocks=pool.num_blocks - 1 if pool else 0,
         block_size=pool.block_size if pool else 0,
         kv_cache_dtype=_dtype_name(pool.dtype) if pool else "transformers",
-        weights_bytes=sum(weights.values()),
+        weights_bytes=weight_bytes(model),
         kv_cache_bytes=pool.num_bytes if pool else 0,
         attention_backend=backend.name if backend else "transformers",
+        quantization=str(scheme) if scheme is not None else None,
         notes=tuple(note for note in notes if note),
     )
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    """Rows of the output head; without a look at its weight, which may be quantized."""
+    head = model.get_output_embeddings()
+    return int(head.out_features if isinstance(head, torch.nn.Linear) else head.weight.shape[0])
 
 
 def _resolve_dtype(

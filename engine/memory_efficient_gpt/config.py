@@ -25,6 +25,8 @@ class EngineConfig:
 
     model: a bundled model's name, a Hugging Face folder, or a hub id.
     device: "auto", "cpu", "cuda" or "cuda:N".
+    quantization: how weights are stored ("int4", "int8", "int4-g128" ...); None leaves them as the checkpoint
+    has them.
     max_model_len: positions of a request (prompt + output); None takes the model's own limit.
     kv_cache_bytes: size of the KV pool in bytes; None sizes it from `max_num_seqs` and free memory.
     num_kv_blocks: the pool in blocks instead of bytes (tests, benchmarks).
@@ -41,6 +43,7 @@ class EngineConfig:
     revision: str | None = None
     device: str = "auto"
     dtype: Dtype = "auto"
+    quantization: str | None = None
     kv_cache_dtype: KVCacheDtype = "auto"
     max_model_len: int | None = None
     kv_cache_bytes: int | None = None

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """A loaded model. Sizes in bytes; `tier` and `tier_reason` say how it is run and why."""
+    """A loaded model. Sizes in bytes; `tier` and `tier_reason` say how it is run and why.
+
+    quantization: scheme of most weights; None if they are stored in `dtype`.
+    """
 
     model: str
     architecture: str
@@ -29,6 +32,7 @@ class EngineInfo:
     weights_bytes: int
     kv_cache_bytes: int
     attention_backend: str
+    quantization: str | None = None
     notes: tuple[str, ...] = ()
 
 

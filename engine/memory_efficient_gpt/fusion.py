@@ -35,6 +35,8 @@ from memory_efficient_gpt.native.layers import (
 )
 from memory_efficient_gpt.native.ops import Activation, Kernels, NormStyle, load_kernels
 from memory_efficient_gpt.native.rotary import native_rotary, rotary_function, with_native_rotary
+from memory_efficient_gpt.quantization.model import give_kernels
+from memory_efficient_gpt.quantization.modules import QuantizedLinear, QuantizedModule
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ def fuse(model: nn.Module, kernels: Kernels | None = None) -> FusionReport:
     report = FusionReport(isa=loaded.isa)
     verdicts: dict[object, str | dict[str, Any]] = {}
     with torch.no_grad():
+        _fuse_quantized(model, loaded, report)
         for module in model.modules():
             _fuse_module(module, loaded, report, verdicts)
             _fuse_rotary(module, loaded, report, verdicts)
@@ -124,6 +127,15 @@ def _fuse_module(
         become(module, kind.layer, kernels, verdict)
         report.replaced[kind.name] += 1
         return
+
+
+def _fuse_quantized(model: nn.Module, kernels: Kernels, report: FusionReport) -> None:
+    """Quantized layers first: what is fused around them is then tried on what will really run."""
+    for outcome, count in give_kernels(model, kernels).items():
+        if outcome == "native":
+            report.replaced["quantized"] += count
+        else:
+            report.dropped["quantized", outcome] += count
 
 
 def _fuse_rotary(
@@ -186,7 +198,7 @@ def _obstacle(module: nn.Module) -> str | None:
 
 def _judge(module: nn.Module, kind: _Kind, kernels: Kernels) -> str | dict[str, Any]:
     """The settings with which the kernel gives what the module gives, or why there are none."""
-    limit = TOLERANCES[next(module.parameters()).dtype]
+    limit = TOLERANCES[_dtype_of(module)]
     tried: list[tuple[float, dict[str, Any]]] = []
     with _telling_weights(module):
         for settings in kind.candidates(module):
@@ -260,9 +272,12 @@ def _is_gated_mlp(module: nn.Module) -> object | None:
     if list(module.parameters(recurse=False)) or not _takes_one(module):
         return None
     linears = [module.get_submodule(name) for name in sorted(names)]
-    if not all(isinstance(linear, nn.Linear) for linear in linears):
-        return None
-    return tuple((*w.shape, w.dtype) for w in (cast(torch.Tensor, linear.weight) for linear in linears))
+    sizes = [
+        (linear.out_features, linear.in_features, _dtype_of(linear), isinstance(linear, QuantizedLinear))
+        for linear in linears
+        if isinstance(linear, nn.Linear)
+    ]
+    return tuple(sizes) if len(sizes) == len(linears) else None
 
 
 def _is_experts(module: nn.Module) -> object | None:
@@ -273,6 +288,14 @@ def _is_experts(module: nn.Module) -> object | None:
     if len(list(module.parameters())) != 2 or merged.shape != (experts, 2 * inner, hidden):
         return None
     return (*down.shape, down.dtype) if merged.dtype is down.dtype else None
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    """Of the weights, or what a quantized layer's weights were."""
+    first = next(module.parameters(), None)
+    if first is not None:
+        return first.dtype
+    return next(m.compute_dtype for m in module.modules() if isinstance(m, QuantizedModule))
 
 
 def _own(module: nn.Module, name: str) -> torch.Tensor | None:
@@ -334,8 +357,8 @@ def _vectors_near_epsilon(module: nn.Module) -> Iterable[tuple[torch.Tensor, ...
 
 def _vectors_of_all_sizes(module: nn.Module) -> Iterable[tuple[torch.Tensor, ...]]:
     """Large ones too, so that a clamp inside shows."""
-    down = cast(nn.Linear, module.down_proj)
-    return [(_draw(1, 2, down.out_features, like=down.weight, scale=scale),) for scale in (0.3, 30.0)]
+    down, like = cast(nn.Linear, module.down_proj), torch.empty(0, dtype=_dtype_of(module))
+    return [(_draw(1, 2, down.out_features, like=like, scale=scale),) for scale in (0.3, 30.0)]
 
 
 def _routed_vectors(module: nn.Module) -> Iterable[tuple[torch.Tensor, ...]]:

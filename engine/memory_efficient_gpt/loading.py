@@ -173,6 +173,10 @@ def load_model(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # loads have a bar of their own
+    if getattr(config, "quantization_config", None) is not None:
+        from memory_efficient_gpt.quantization.checkpoint import register_format
+
+        register_format()
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its annotations miss output_loading_info
     try:
         model, report = from_pretrained(

@@ -31,6 +31,7 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 from memory_efficient_gpt.config import Dtype, EngineConfig, KVCacheDtype
 from memory_efficient_gpt.errors import ConfigError
+from memory_efficient_gpt.quantization.scheme import parse_scheme
 from memory_efficient_gpt_server.keys import key_problems
 from memory_efficient_gpt_server.settings_sources import (
     CONFIG_FILE_ENV,
@@ -63,7 +64,10 @@ class ModelSettings(BaseModel):
     )
     revision: str | None = Field(None, description="commit, tag or branch of a hub id")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    dtype: Dtype = Field("auto", description="of the weights")
+    dtype: Dtype = Field("auto", description="in which is computed; of the weights unless quantized")
+    quantization: str | None = Field(
+        None, description="int4, int8, int4-g128 ...; null: weights as the checkpoint has them"
+    )
     kv_cache_dtype: KVCacheDtype = Field("auto", description="of the KV cache")
     max_model_len: int | None = Field(None, ge=2, description="positions of a request; null: the model's own")
     kv_cache_bytes: int | None = Field(
@@ -97,6 +101,8 @@ class ModelSettings(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         try:
+            if self.quantization is not None:
+                parse_scheme(self.quantization)
             self.engine_config()
         except ConfigError as error:
             raise ValueError(" ".join(error.problems)) from error

@@ -9,6 +9,7 @@ Letters: N blocks, BS tokens of a block, H kv heads, D head size (key's and valu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,12 +86,20 @@ def _layer_cache(
     shape = (num_blocks, block_size, layer.num_kv_heads)
 
     def scales() -> torch.Tensor | None:
-        return torch.zeros(shape, dtype=torch.float32, device=device) if dtype == torch.int8 else None
+        return _zeros(shape, torch.float32, device) if dtype == torch.int8 else None
 
     return LayerCache(
         spec=layer,
-        key=torch.zeros((*shape, layer.key_dim), dtype=dtype, device=device),
-        value=torch.zeros((*shape, layer.value_dim), dtype=dtype, device=device),
+        key=_zeros((*shape, layer.key_dim), dtype, device),
+        value=_zeros((*shape, layer.value_dim), dtype, device),
         key_scale=scales(),
         value_scale=scales(),
     )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that take memory only where they are written, on the CPU: torch.zeros would write them all."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)

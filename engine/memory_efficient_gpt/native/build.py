@@ -38,7 +38,8 @@ Isa = Literal["avx512", "avx2", "portable"]
 
 SOURCE_DIR: Final = Path(__file__).parent / "src"
 SOURCES: Final = tuple(
-    SOURCE_DIR / name for name in ("attention.cpp", "kv_cache.cpp", "linear.cpp", "pool.cpp", "rowwise.cpp")
+    SOURCE_DIR / f"{name}.cpp"
+    for name in ("attention", "kv_cache", "linear", "pool", "quantize", "quantized_linear", "rowwise")
 )
 COMPILE_TIMEOUT_S: Final = 300
 

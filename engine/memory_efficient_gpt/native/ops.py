@@ -31,6 +31,7 @@ from memory_efficient_gpt.native.checks import (
     per_head,
     rows,
 )
+from memory_efficient_gpt.native.packed_weight import PackedWeight
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 NormStyle = Literal["round_then_scale", "one_plus_weight", "scale_then_round"]
@@ -67,6 +68,15 @@ class _WriteSizes(ctypes.Structure):
     ]
 
 
+class _QuantizedSizes(ctypes.Structure):
+    """MegptQuantizedSizes of quantized_linear.cpp."""
+
+    _fields_ = [
+        (name, c_int64)
+        for name in ("M", "N", "K", "bits", "span", "spans", "per_group", "x_stride", "dtype", "threads")
+    ]
+
+
 def load_kernels(isa: Isa | None = None) -> Kernels | Unavailable:
     """The kernels, compiled now if they never were on this machine; loaded once for a process.
 
@@ -93,20 +103,22 @@ class Kernels:
         cdll = library.cdll
         self.isa = library.isa
         self.library = library
-        self._linear = _declare(cdll.megpt_linear, *[c_void_p] * 4, *[c_int64] * 6)
-        self._rms_norm = _declare(
+        self._linear = declare(cdll.megpt_linear, *[c_void_p] * 4, *[c_int64] * 6)
+        self._quantized_linear = declare(cdll.megpt_quantized_linear, *[c_void_p] * 7, c_float)
+        self._rms_norm = declare(
             cdll.megpt_rms_norm, *[c_void_p] * 3, *[c_int64] * 3, c_float, *[c_int64] * 3
         )
-        self._gated = _declare(cdll.megpt_gated, *[c_void_p] * 3, *[c_int64] * 7)
-        self._rope = _declare(cdll.megpt_rope, *[c_void_p] * 3, *[c_int64] * 7)
-        self._write = _declare(cdll.megpt_write_kv, *[c_void_p] * 8)
-        self._attention = _declare(cdll.megpt_attention, *[c_void_p] * 12, c_float, c_float)
+        self._gated = declare(cdll.megpt_gated, *[c_void_p] * 3, *[c_int64] * 7)
+        self._rope = declare(cdll.megpt_rope, *[c_void_p] * 3, *[c_int64] * 7)
+        self._write = declare(cdll.megpt_write_kv, *[c_void_p] * 8)
+        self._attention = declare(cdll.megpt_attention, *[c_void_p] * 12, c_float, c_float)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Kernels:
         """Itself: a copied model shares the library."""
         return self
 
-    def _threads(self) -> int:
+    def thread_limit(self) -> int:
+        """The most threads that a call uses."""
         return self.num_threads or torch.get_num_threads()
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -134,7 +146,41 @@ class Kernels:
             k,
             stride,
             float_code(x),
-            self._threads(),
+            self.thread_limit(),
+        )
+        return out
+
+    def quantized_linear(
+        self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x `[..., K]` times a quantized weight `[N, K]` transposed, plus bias `[N]`: `[..., N]`.
+
+        x is rounded to 8 bits on the way, with a step for each row and span of inputs (largest magnitude
+        127); products of a span are summed as integers, spans in float32. Method: quantized_linear.cpp.
+        Raises ValueError for other shapes or dtypes.
+        """
+        flat, m, size, stride = rows(x)
+        n, k = weight.num_outputs, weight.num_inputs
+        if size != k:
+            raise ValueError(f"quantized_linear needs x [..., {k}], got {describe(x)}")
+        if bias is not None and (bias.dtype is not x.dtype or bias.shape != (n,) or bias.stride(0) != 1):
+            raise ValueError(
+                f"quantized_linear needs a contiguous bias [{n}] of {x.dtype}, got {describe(bias)}"
+            )
+        out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+        sizes = _QuantizedSizes(
+            *(m, n, k, weight.bits, weight.span, weight.num_spans, weight.per_group),
+            *(stride, float_code(x), self.thread_limit()),
+        )
+        self._quantized_linear(
+            out.data_ptr(),
+            flat.data_ptr(),
+            weight.codes.data_ptr(),
+            weight.scales.data_ptr(),
+            None if weight.offsets is None else weight.offsets.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            ctypes.addressof(sizes),
+            weight.unit,
         )
         return out
 
@@ -165,7 +211,7 @@ class Kernels:
             eps,
             _NORM_STYLES[style],
             float_code(x),
-            self._threads(),
+            self.thread_limit(),
         )
         return out
 
@@ -186,7 +232,7 @@ class Kernels:
             up_stride,
             _ACTIVATIONS[activation],
             float_code(gate),
-            self._threads(),
+            self.thread_limit(),
         )
         return out
 
@@ -215,7 +261,7 @@ class Kernels:
             x.stride(0),
             x.stride(1),
             float_code(x),
-            self._threads(),
+            self.thread_limit(),
         )
 
     def write_kv(
@@ -248,7 +294,7 @@ class Kernels:
         key, value = last_contiguous(key), last_contiguous(value)
         sizes = _WriteSizes(
             *(t, h, dk, dv, key.stride(0), key.stride(1), value.stride(0), value.stride(1)),
-            *(float_code(key), DTYPE_CODES[key_cache.dtype], self._threads()),
+            *(float_code(key), DTYPE_CODES[key_cache.dtype], self.thread_limit()),
         )
         self._write(
             key_cache.data_ptr(),
@@ -298,7 +344,7 @@ class Kernels:
         sizes = _AttentionSizes(
             *(t, block_tables.shape[0], hq, hkv, dk, dv, bs, block_tables.stride(0)),
             *(query.stride(0), query.stride(1), float_code(query), DTYPE_CODES[key_cache.dtype]),
-            *(window or 0, self._threads()),
+            *(window or 0, self.thread_limit()),
         )
         self._attention(
             out.data_ptr(),
@@ -319,7 +365,8 @@ class Kernels:
         return out
 
 
-def _declare(function: Any, *argtypes: type) -> Callable[..., None]:
+def declare(function: Any, *argtypes: type) -> Callable[..., None]:
+    """A function of the library that returns nothing, with its arguments' C types."""
     function.argtypes = list(argtypes)
     function.restype = None
     return cast(Callable[..., None], function)

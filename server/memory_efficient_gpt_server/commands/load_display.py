@@ -71,8 +71,9 @@ def _state_line(model: WorkerModel) -> str:
         return f"{model.name}: {model.state} ({model.reason})"
     info, seconds = model.info, model.times.ready_s or 0.0
     return (
-        f"{model.name}: ready in {seconds:.1f} s on {info.device} ({info.dtype}, tier {info.tier}, "
-        f"{info.max_model_len} tokens, KV cache {info.kv_cache_bytes / 2**20:.0f} MiB)"
+        f"{model.name}: ready in {seconds:.1f} s on {info.device} ({info.quantization or info.dtype}, "
+        f"{info.weights_bytes / 2**20:.0f} MiB of weights, tier {info.tier}, {info.max_model_len} tokens, "
+        f"KV cache {info.kv_cache_bytes / 2**20:.0f} MiB)"
     )
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 Commands = argparse._SubParsersAction  # argparse's own name; it has no public one
 
 _ENGINE_OPTIONS: Final = (
-    "device", "dtype", "kv_cache_dtype", "max_model_len", "kv_cache_bytes", "max_num_seqs", "num_threads",
+    "device", "dtype", "quantization", "kv_cache_dtype", "max_model_len", "kv_cache_bytes", "max_num_seqs",
+    "num_threads",
     "tier", "revision",
 )  # fmt: skip
 _SAMPLING_OPTIONS: Final = (
@@ -44,6 +45,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine options")
     group.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the weights")
+    group.add_argument(
+        "--quantization",
+        metavar="SCHEME",
+        help="store weights as int4, int8, int4-g128 ... (default: as they are)",
+    )
     group.add_argument(
         "--kv-cache-dtype", choices=("auto", "float32", "bfloat16", "float16", "int8"), help="of the KV cache"
     )

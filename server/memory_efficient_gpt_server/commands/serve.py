@@ -65,6 +65,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine options of the models given with --model")
     group.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
     group.add_argument("--dtype", help="auto, float32, bfloat16 or float16, of the weights")
+    group.add_argument(
+        "--quantization",
+        metavar="SCHEME",
+        help="store weights as int4, int8, int4-g128 ... (default: as they are)",
+    )
     group.add_argument("--kv-cache-dtype", metavar="DTYPE", help="as --dtype, or int8, of the KV cache")
     group.add_argument("--kv-cache-bytes", type=byte_size, metavar="SIZE", help="for example 512MiB")
     group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt + output of a request")
@@ -77,7 +82,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 _MODEL_OPTIONS: Final = (
-    "device", "dtype", "kv_cache_dtype", "kv_cache_bytes", "max_model_len", "max_num_seqs", "num_threads",
+    "device", "dtype", "quantization", "kv_cache_dtype", "kv_cache_bytes", "max_model_len", "max_num_seqs",
+    "num_threads",
 )  # fmt: skip
 _SERVER_OPTIONS: Final = ("host", "port", "models_dir", "drain_seconds", "log_level", "log_format")
 

@@ -24,6 +24,7 @@ _FACTS: Final = (
     "device",
     "max_model_len",
     "vocab_size",
+    "quantization",
     "weights_bytes",
     "kv_cache_bytes",
     "kv_cache_dtype",

@@ -1,0 +1,198 @@
+"""Quantize a loaded model in place, layer by layer.
+
+Purpose: put quantized weights where float ones were, as a plan says, and report what became of every byte.
+Does not know: files, the engine, how a plan was made.
+Invariant: a float weight is dropped before the next one is quantized, so the peak is the model plus one
+layer; what stays float is listed with its bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, cast
+
+import torch
+from torch import nn
+
+from memory_efficient_gpt.errors import UnsupportedModelError
+from memory_efficient_gpt.native.ops import Kernels
+from memory_efficient_gpt.native.packed_weight import PackedWeight
+from memory_efficient_gpt.quantization.experts import QuantizedStack, hold_stack
+from memory_efficient_gpt.quantization.layers import Layer, find_layers
+from memory_efficient_gpt.quantization.modules import QuantizedModule, hold, pack_weight
+from memory_efficient_gpt.quantization.plans import Plan
+from memory_efficient_gpt.quantization.rounding import Rounding, quantize_weight, rounding_of
+from memory_efficient_gpt.quantization.scheme import Scheme
+from memory_efficient_gpt.quantization.storage import QuantizedWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+KERNEL_TOLERANCE: Final = 0.03
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(slots=True)
+class QuantizationReport:
+    """What quantizing did. Bytes are of whole models: weights, embeddings, norms and all."""
+
+    bytes_before: int = 0
+    bytes_after: int = 0
+    schemes: dict[str, Scheme] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def saved(self) -> float:
+        """The share of bytes that is gone."""
+        return 1.0 - self.bytes_after / self.bytes_before if self.bytes_before else 0.0
+
+    def summary(self) -> str:
+        """One line for a log or for GET /v1/models."""
+        counts: dict[str, int] = {}
+        for scheme in self.schemes.values():
+            counts[str(scheme)] = counts.get(str(scheme), 0) + 1
+        done = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items())) or "nothing"
+        return (
+            f"quantized {done}: {self.bytes_before / 1e6:,.1f} MB became {self.bytes_after / 1e6:,.1f} MB "
+            f"({self.saved:.0%} saved)"
+        )
+
+
+def quantize_model(
+    model: PreTrainedModel,
+    plan: Plan,
+    *,
+    rounding: Rounding = "search",
+    importances: Mapping[str, torch.Tensor] | None = None,
+    kernels: Kernels | None = None,
+    progress: Progress | None = None,
+) -> QuantizationReport:
+    """Quantize the weights that `plan` names; changes the model in place.
+
+    importances: mean squares `[K]` of each layer's inputs by name; absent ones count all inputs alike.
+    kernels: search natively where weights are on the CPU; None searches in torch.
+    rounding "hqq" holds for schemes with zero points, the others are searched.
+    Raises UnsupportedModelError for experts that the model's code does not index one by one.
+    """
+    report = QuantizationReport(bytes_before=weight_bytes(model))
+    layers = [layer for layer in find_layers(model) if layer.name in plan and plan[layer.name].kind != "none"]
+    if any(layer.role == "experts" for layer in layers):
+        index_experts_one_by_one(model)
+    for number, layer in enumerate(layers):
+        if progress is not None:
+            progress(layer.name, number / len(layers))
+        scheme = plan[layer.name]
+        weight = quantize_weight(
+            layer.weight(),
+            scheme,
+            rounding=rounding_of(scheme, rounding),
+            importance=(importances or {}).get(layer.name),
+            kernels=kernels,
+        )
+        put_weight(layer, weight)
+        report.schemes[layer.name] = scheme
+    report.bytes_after = weight_bytes(model)
+    report.kept = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+    logger.info(report.summary())
+    return report
+
+
+def put_weight(layer: Layer, weight: QuantizedWeight) -> None:
+    """Let every module of `layer` hold `weight`; the tensors are shared, not copied."""
+    if layer.parameter is not None:
+        hold_stack(layer.holders[0][0], layer.parameter, weight)
+        return
+    for module, kind in layer.holders:
+        hold(module, kind, weight)
+
+
+def give_kernels(model: nn.Module, kernels: Kernels) -> Counter[str]:
+    """Let quantized modules compute with native kernels where there is one for their scheme.
+
+    Counts what became of them: "native", or the reason why a module stays with torch. A weight shared by two
+    modules is packed once; one module of each scheme and shape is checked against its dequantized weight.
+    """
+    outcome: Counter[str] = Counter()
+    packed: dict[int, tuple[QuantizedWeight, PackedWeight]] = {}
+    checked: dict[tuple[Scheme, int, int], str | None] = {}
+    for module in quantized_modules(model):
+        if module.packed_weight is not None:
+            continue
+        weight = module.quantized_weight
+        reason = _no_kernel(module, weight)
+        if reason is None:
+            key = weight.codes.data_ptr()
+            if key not in packed:  # the weight is kept, so that no other one gets its address
+                packed[key] = weight, pack_weight(weight, kernels)
+            case = (weight.scheme, *weight.codes.shape)
+            if case not in checked:
+                checked[case] = _difference(kernels, *packed[key])
+            reason = checked[case]
+        if reason is None:
+            module.use_kernels(kernels, packed[key][1])
+        outcome[reason or "native"] += 1
+    return outcome
+
+
+def _no_kernel(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+    if weight.scheme.kind != "int":
+        return f"no native kernel for {weight.scheme}"
+    if weight.codes.device.type != "cpu":
+        return f"on {weight.codes.device.type}"
+    return "experts are dequantized one by one" if isinstance(module, QuantizedStack) else None
+
+
+def _difference(kernels: Kernels, weight: QuantizedWeight, packed: PackedWeight) -> str | None:
+    """Why the kernel must not be used for such weights: None if its result is right.
+
+    It rounds activations to 8 bits: an error of 1% of the result's norm for Gaussian ones.
+    """
+    ends = torch.arange(min(64, weight.num_outputs))
+    some = torch.cat((ends, weight.num_outputs - 1 - ends))
+    x = torch.randn(3, weight.num_inputs, generator=torch.Generator().manual_seed(0))
+    want = x @ weight.select(some).dequantize().t()
+    got = kernels.quantized_linear(x, packed)[:, some]
+    error = float((got - want).norm() / want.norm().clamp_min(1e-30))
+    return None if error <= KERNEL_TOLERANCE else f"the native result differs by {error:.2g}"
+
+
+def quantized_modules(model: nn.Module) -> list[QuantizedModule]:
+    """Every module that holds a quantized weight."""
+    return [module for module in model.modules() if isinstance(module, QuantizedModule)]
+
+
+def main_scheme(model: nn.Module) -> Scheme | None:
+    """The scheme that most of the quantized weights have, by size; None if nothing is quantized."""
+    sizes: Counter[Scheme] = Counter()
+    for module in quantized_modules(model):
+        sizes[module.scheme] += module.num_outputs * module.num_inputs
+    if not sizes:
+        return None
+    return max(sizes, key=lambda scheme: sizes[scheme] * (scheme.kind != "none"))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all weights in memory, shared ones counted once."""
+    sizes: dict[int, int] = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    for module in quantized_modules(model):
+        packed = module.packed_weight
+        codes = packed.codes if packed is not None else module.quantized_weight.codes
+        sizes[codes.data_ptr()] = module.weight_bytes
+    return sum(sizes.values())
+
+
+def index_experts_one_by_one(model: PreTrainedModel) -> None:
+    """Switch off implementations that multiply with all experts at once."""
+    setter = cast("Callable[[str], None] | None", getattr(model, "set_experts_implementation", None))
+    if setter is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has stacked expert weights, and this transformers cannot run experts "
+            "one by one. Update transformers, or load the model without quantization."
+        )
+    setter("eager")

@@ -1,0 +1,119 @@
+"""How one weight matrix is stored: a scheme and its name.
+
+Purpose: parse and print scheme names, count their bits. No torch.
+Does not know: tensors, modules, kernels.
+Invariant: `parse_scheme(str(scheme)) == scheme`; a name that can be misread is refused with what would do.
+
+    int4                4 bits, symmetric, one scale for 32 inputs     4.5 bits a weight
+    int4-g128           one scale for 128 inputs                       4.125
+    int4-asym-g64       a scale and an offset for 64 inputs            4.5
+    int8                8 bits, symmetric, one scale an output         8 + 16 / inputs
+    int8-g64, int8-asym, int8-tensor ...
+    fp8                 float8 e4m3, one scale an output
+    bf16                not quantized
+
+Letters: N outputs, K inputs, G groups of inputs that share a scale.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from memory_efficient_gpt.errors import ConfigError
+
+GROUP_SIZES: Final = (32, 64, 128)
+SCALE_BITS: Final = 16
+_DEFAULT_INT4_GROUP: Final = 32
+
+Kind = Literal["int", "fp8", "none"]
+Granularity = Literal["group", "channel", "tensor"]
+
+_NAME: Final = re.compile(
+    r"int(?P<bits>4|8)(?P<asym>-asym|-sym)?(?:-(?:g(?P<group>\d+)|(?P<whole>channel|tensor)))?"
+)
+_UNQUANTIZED_NAMES: Final = ("bf16", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """One way to store a weight `[N, K]`.
+
+    kind: "int" (codes, scales, perhaps offsets), "fp8" (e4m3 values, one scale an output), "none".
+    group_size: inputs that share a scale; None unless granularity is "group".
+    """
+
+    kind: Kind
+    bits: int = 16
+    symmetric: bool = True
+    granularity: Granularity = "channel"
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.group_size is not None) == (self.granularity == "group"), self
+        assert self.kind != "int" or self.bits in (4, 8), self
+
+    def __str__(self) -> str:
+        if self.kind != "int":
+            return "bf16" if self.kind == "none" else self.kind
+        name = f"int{self.bits}" + ("" if self.symmetric else "-asym")
+        if self.granularity == "tensor":
+            return name + "-tensor"
+        if self.granularity == "channel":
+            return name + ("-channel" if self.bits == 4 else "")
+        return name + ("" if self.is_default_group else f"-g{self.group_size}")
+
+    @property
+    def is_default_group(self) -> bool:
+        """Whether the group size is the one that its bits have when none is named."""
+        return self.bits == 4 and self.group_size == _DEFAULT_INT4_GROUP
+
+    @property
+    def middle(self) -> int:
+        """The code that stands for zero in a symmetric scheme."""
+        return 1 << (self.bits - 1)
+
+    def num_groups(self, num_inputs: int) -> int:
+        """Scales of one output; the last group of a row may be short."""
+        return math.ceil(num_inputs / self.group_size) if self.group_size else 1
+
+    def bits_per_weight(self, num_outputs: int, num_inputs: int) -> float:
+        """Stored bits by weights, scales and offsets counted, padding not."""
+        if self.kind == "none":
+            return 16.0
+        numbers = num_outputs * self.num_groups(num_inputs) if self.granularity != "tensor" else 1
+        parameters = numbers * SCALE_BITS * (1 if self.symmetric else 2)
+        return self.bits + parameters / (num_outputs * num_inputs)
+
+
+INT4: Final = Scheme("int", 4, granularity="group", group_size=_DEFAULT_INT4_GROUP)
+INT8: Final = Scheme("int", 8)
+FP8: Final = Scheme("fp8", 8)
+UNQUANTIZED: Final = Scheme("none")
+
+
+def parse_scheme(name: str) -> Scheme:
+    """The scheme of a name as the module's docstring lists them. Raises ConfigError."""
+    text = name.strip().lower()
+    if text in _UNQUANTIZED_NAMES:
+        return UNQUANTIZED
+    if text == "fp8":
+        return FP8
+    match = _NAME.fullmatch(text)
+    if match is None:
+        raise ConfigError(
+            [f"quantization scheme {name!r} is unknown. Use int4, int8, fp8, bf16, or a variant such as "
+             "int4-g128, int4-asym-g64, int8-channel, int8-asym-g64."]
+        )  # fmt: skip
+    bits, symmetric = int(match["bits"]), match["asym"] != "-asym"
+    if match["whole"]:
+        return Scheme("int", bits, symmetric, "tensor" if match["whole"] == "tensor" else "channel")
+    group = int(match["group"]) if match["group"] else (_DEFAULT_INT4_GROUP if bits == 4 else None)
+    if group is None:
+        return Scheme("int", bits, symmetric)
+    if group not in GROUP_SIZES:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise ConfigError([f"group size {group} in {name!r} is not supported. Use one of {sizes}."])
+    return Scheme("int", bits, symmetric, "group", group)

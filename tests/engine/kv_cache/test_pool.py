@@ -1,0 +1,60 @@
+"""The pool's tensors: shapes, zeros, and memory that is taken only where it is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from memory_efficient_gpt.kv_cache.geometry import LayerKV
+from memory_efficient_gpt.kv_cache.pool import KVPool, block_bytes
+
+CPU = torch.device("cpu")
+
+
+def layers(count: int, *, key_dim: int = 64, value_dim: int = 32) -> list[LayerKV]:
+    return [
+        LayerKV(module=f"layers.{i}", num_kv_heads=4, key_dim=key_dim, value_dim=value_dim, num_query_heads=4)
+        for i in range(count)
+    ]
+
+
+def resident_bytes() -> int:
+    """Of this process, as the system counts it."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_caches_are_zeros_of_the_right_shape_and_size(dtype: torch.dtype) -> None:
+    pool = KVPool(layers(2), 5, 16, dtype, CPU)
+    for cache in pool.caches:
+        assert cache.key.shape == (5, 16, 4, 64) and cache.value.shape == (5, 16, 4, 32)
+        assert cache.key.dtype is cache.value.dtype is dtype
+        assert not cache.key.any() and not cache.value.any() and cache.key.is_contiguous()
+        assert (cache.key_scale is not None) == (dtype is torch.int8)
+    held = [t for c in pool.caches for t in (c.key, c.value, c.key_scale, c.value_scale) if t is not None]
+    assert sum(t.numel() * t.element_size() for t in held) == pool.num_bytes
+    assert pool.num_bytes == 5 * block_bytes(layers(2), 16, dtype)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_blocks_that_nobody_wrote_take_no_memory() -> None:
+    before = resident_bytes()
+    pool = KVPool(layers(4), 4096, 16, torch.bfloat16, CPU)
+    assert pool.num_bytes > 150_000_000
+    assert resident_bytes() - before < 0.1 * pool.num_bytes
+    for cache in pool.caches:
+        cache.key[:2048] = 1.0
+        cache.value[:2048] = 1.0
+    assert resident_bytes() - before > 0.4 * pool.num_bytes
+
+
+def test_copies_move_whole_blocks_in_every_layer() -> None:
+    pool = KVPool(layers(2), 4, 2, torch.float32, CPU)
+    for cache in pool.caches:
+        cache.key[1] = 3.0
+    pool.copy_blocks([(1, 3)])
+    for cache in pool.caches:
+        assert (cache.key[3] == 3.0).all() and not cache.key[2].any()
