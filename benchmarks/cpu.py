@@ -30,11 +30,12 @@ from rich.progress import (
 
 from benchmarks.machine import ROOT, commit, machine_facts, usable_cpus, versions
 from benchmarks.measuring import Conditions, Figure, Outcome, Workload
-from benchmarks.workloads import bundled, generation, serving
+from benchmarks.workloads import bundled, generation, quantized, serving
 
 WORKLOADS = (
     Workload("eight-clients", "Eight clients, 128 in / 64 out, 1.1B bf16", generation.eight_clients),
     Workload("one-client", "One client, 128 in / 64 out, 1.1B bf16", generation.one_client),
+    Workload("quantized", "Int4 and int8 against bf16 and llama.cpp, 1.1B", quantized.quantized),
     Workload("server", "Server against its engine, 8 streams, demo", serving.server_and_engine),
     Workload("prefix", "A 1,500-token prompt seen before, demo", bundled.prompt_seen_before),
     Workload("small-pool", "200 requests on a tenth of their KV blocks, demo", bundled.small_pool),

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -31,6 +31,7 @@ from memory_efficient_gpt.loading import (
     eos_token_ids,
     load_config,
     load_model,
+    resolve_dtype,
     resolve_model,
 )
 from memory_efficient_gpt.native.build import Unavailable
@@ -88,7 +89,7 @@ def assemble(config: EngineConfig, progress: Callable[[str, float], None]) -> Pa
     model_config = load_config(folder)
     progress("probing the architecture", 0.1)
     decision = decide_tier(model_config, forced=config.tier, max_model_len=config.max_model_len)
-    dtype, notes = _resolve_dtype(config, model_config, device)
+    dtype, notes = resolve_dtype(config.dtype, model_config, device)
     progress("loading weights", 0.3)
     model = load_model(folder, model_config, dtype=dtype, device=device)
     if scheme is not None:
@@ -123,13 +124,13 @@ def _quantize(
     report = quantize_model(
         model,
         plan,
-        kernels=_cpu_kernels(config, device),
+        kernels=cpu_kernels(config, device),
         progress=lambda name, share: progress(f"quantizing {name}", 0.4 + 0.5 * share),
     )
     return (report.summary(),)
 
 
-def _cpu_kernels(config: EngineConfig, device: torch.device) -> Kernels | None:
+def cpu_kernels(config: EngineConfig, device: torch.device) -> Kernels | None:
     """The native kernels, if they may be used and there are any."""
     if device.type != "cpu" or not config.native_kernels:
         return None
@@ -154,7 +155,7 @@ def build(
     assert layers is not None, "a packed tier always knows its layers"
     prepare_model(model)
     if device.type == "cpu" and config.native_kernels:
-        from memory_efficient_gpt.fusion import fuse
+        from memory_efficient_gpt.fusion.apply import fuse
 
         notes = (*notes, fuse(model).summary())
     dtype = _kv_dtype(config, model.dtype, device)
@@ -196,7 +197,7 @@ def _build_unpacked(
 ) -> Parts:
     """Tier C: one sequence at a time, its blocks a formality that never runs out."""
     model.eval()
-    if quantized_modules(model) and (kernels := _cpu_kernels(config, device)) is not None:
+    if quantized_modules(model) and (kernels := cpu_kernels(config, device)) is not None:
         give_kernels(model, kernels)
     max_len, notes = _context_length(config, model.config, decision, (*notes, *decision.notes))
     if config.prefix_cache or config.max_num_seqs > 1:
@@ -248,21 +249,6 @@ def _vocab_size(model: PreTrainedModel) -> int:
     """Rows of the output head; without a look at its weight, which may be quantized."""
     head = model.get_output_embeddings()
     return int(head.out_features if isinstance(head, torch.nn.Linear) else head.weight.shape[0])
-
-
-def _resolve_dtype(
-    config: EngineConfig, model_config: PreTrainedConfig, device: torch.device
-) -> tuple[torch.dtype, tuple[str, ...]]:
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype), ()
-    stored: Any = getattr(model_config, "dtype", None)
-    if isinstance(stored, str):
-        stored = getattr(torch, stored, None)
-    if stored == torch.float16 and device.type == "cpu":
-        return torch.bfloat16, ("float16 weights are computed in bfloat16 on a CPU",)
-    if stored in (torch.bfloat16, torch.float16, torch.float32):
-        return stored, ()
-    return torch.float32, (f"the checkpoint names no usable dtype ({stored}); float32 is used",)
 
 
 def _batch_dependence(

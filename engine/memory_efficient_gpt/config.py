@@ -8,12 +8,13 @@ Invariant: nothing mutates a config; "auto" (None) resolves to a new value that 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from memory_efficient_gpt.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+TierName = Literal["B", "C"]
 
 BLOCK_SIZE_CPU: Final = 16
 BLOCK_SIZE_CUDA: Final = 64
@@ -55,7 +56,7 @@ class EngineConfig:
     num_threads: int | None = None
     overlap: bool | None = None
     native_kernels: bool = True
-    tier: Literal["B", "C"] | None = None
+    tier: TierName | None = None
     debug_checks: bool = False
 
     def __post_init__(self) -> None:
@@ -65,12 +66,22 @@ class EngineConfig:
             for name, least in _MINIMA
             if (value := getattr(self, name)) is not None and value < least
         ]
+        problems += [
+            f"{name} must be {', '.join(map(str, allowed))}, got {value!r}."
+            for name, allowed in _CHOICES
+            if (value := getattr(self, name)) not in allowed
+        ]
         if self.kv_cache_bytes is not None and self.num_kv_blocks is not None:
             problems.append("kv_cache_bytes and num_kv_blocks both size the KV pool; give one.")
         if problems:
             raise ConfigError(problems)
 
 
+_CHOICES: Final = (
+    ("dtype", get_args(Dtype)),
+    ("kv_cache_dtype", get_args(KVCacheDtype)),
+    ("tier", (*get_args(TierName), None)),
+)
 _MINIMA: Final = (
     ("max_model_len", 2),
     ("kv_cache_bytes", 1),

@@ -196,10 +196,30 @@ def load_model(
     return loaded
 
 
+def resolve_dtype(
+    wanted: str, config: PreTrainedConfig, device: torch.device
+) -> tuple[torch.dtype, tuple[str, ...]]:
+    """The dtype to compute in, and what a user should know of the choice. "auto" is the checkpoint's own."""
+    import torch
+
+    if wanted != "auto":
+        return getattr(torch, wanted), ()
+    stored: Any = getattr(config, "dtype", None)
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, None)
+    if stored == torch.float16 and device.type == "cpu":
+        return torch.bfloat16, ("float16 weights are computed in bfloat16 on a CPU",)
+    if stored in (torch.bfloat16, torch.float16, torch.float32):
+        return stored, ()
+    return torch.float32, (f"the checkpoint names no usable dtype ({stored}); float32 is used",)
+
+
 def eos_token_ids(model: PreTrainedModel, folder: Path | None) -> tuple[int, ...]:
-    """The tokens that end a text: what the checkpoint's files name, else what the model's config does."""
+    """The tokens that end a text: what the checkpoint's files name, else what the model's configs do."""
     found = read_eos_token_ids(folder) if folder is not None else ()
-    own: int | list[int] | None = model.config.get_text_config().eos_token_id
+    sources = (getattr(model, "generation_config", None), model.config.get_text_config())
+    named = (getattr(source, "eos_token_id", None) for source in sources)
+    own: int | list[int] | None = next((ids for ids in named if ids is not None), None)
     if found or own is None:
         return found
     return tuple(own) if isinstance(own, list | tuple) else (int(own),)

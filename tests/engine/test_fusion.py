@@ -20,8 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from memory_efficient_gpt import fusion
-from memory_efficient_gpt.fusion import FusionReport, fuse
+from memory_efficient_gpt.fusion import apply as fusion_module
+from memory_efficient_gpt.fusion.apply import FusionReport, fuse
 from memory_efficient_gpt.native.build import Unavailable
 from memory_efficient_gpt.native.ops import Kernels, load_kernels
 
@@ -244,7 +244,7 @@ def test_weights_tried_on_a_norm_are_put_back(kernels: Kernels) -> None:
 def test_without_kernels_nothing_changes_and_the_reason_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fusion, "load_kernels", lambda: Unavailable("no compiler"))
+    monkeypatch.setattr(fusion_module, "load_kernels", lambda: Unavailable("no compiler"))
     model = Layers(linear=nn.Linear(8, 8))
     report = fuse(model)
     assert type(model.linear) is nn.Linear

@@ -11,7 +11,7 @@ Letters: T tokens, D hidden size, K inputs, N outputs, E experts, I inner size, 
 from __future__ import annotations
 
 import functools
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
 import torch
 from torch import nn
@@ -21,13 +21,26 @@ from memory_efficient_gpt.native.ops import Kernels
 DTYPES: Final = (torch.float32, torch.bfloat16)
 
 
+class Stack(Protocol):
+    """Experts' weights `[E, N, K]` that are not a plain tensor."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def multiply(self, kernels: Kernels, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """x `[T, K]` times an expert's weight transposed."""
+
+
 class NativeLayer(nn.Module):
     """Base of the classes below; the attributes are set on a module by `become`."""
 
     native_kernels: Kernels
     native_settings: dict[str, Any]
 
-    def can_compute(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
+    def can_compute(self, x: torch.Tensor, weight: torch.Tensor | Stack) -> bool:
         """Whether the kernels may take these: same float dtype, on the CPU, no gradient to record."""
         return x.dtype is weight.dtype and x.is_cpu and x.dtype in DTYPES and not torch.is_grad_enabled()
 
@@ -91,8 +104,14 @@ class NativeGatedMLP(NativeLayer):
 class NativeExperts(NativeLayer):
     """Routed gated MLPs, weights stacked: gate_up_proj `[E, 2 I, D]`, down_proj `[E, D, I]`."""
 
-    gate_up_proj: torch.Tensor
-    down_proj: torch.Tensor
+    gate_up_proj: torch.Tensor | Stack
+    down_proj: torch.Tensor | Stack
+
+    def _multiply(self, x: torch.Tensor, weights: torch.Tensor | Stack, expert: int) -> torch.Tensor:
+        """x `[T, K]` times one expert's weight transposed."""
+        if isinstance(weights, torch.Tensor):
+            return self.native_kernels.linear(x, weights[expert])
+        return weights.multiply(self.native_kernels, x, expert)
 
     def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x `[T, D]`, index and weights `[T, k]` to `[T, D]`; a token's experts are summed in float32."""
@@ -109,9 +128,9 @@ class NativeExperts(NativeLayer):
                 continue
             places = order[start : start + count]
             start += count
-            gate, up = self.native_kernels.linear(x[places // k], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            gate, up = self._multiply(x[places // k], self.gate_up_proj, expert).chunk(2, dim=-1)
             inner = self.native_kernels.gated(gate, up, **self.native_settings)
-            results[places] = self.native_kernels.linear(inner, self.down_proj[expert])
+            results[places] = self._multiply(inner, self.down_proj, expert)
         weighted = results.view(-1, k, x.shape[1]).float() * weights.float().unsqueeze(-1)
         return weighted.sum(dim=1).to(x.dtype)
 

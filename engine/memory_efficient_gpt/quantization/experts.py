@@ -12,9 +12,13 @@ Letters: E experts, N and K the two dimensions of one expert's weight, K being w
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
+from memory_efficient_gpt.native.ops import Kernels
+from memory_efficient_gpt.native.packed_weight import BLOCK, dequantize_rows
 from memory_efficient_gpt.quantization.modules import QuantizedModule
 from memory_efficient_gpt.quantization.storage import QuantizedWeight
 
@@ -43,8 +47,32 @@ class QuantizedStack(QuantizedModule):
         """One expert's weight `[N, K]`."""
         size = self.num_outputs // self.num_experts
         first = int(expert) * size
-        rows = torch.arange(first, first + size, device=self.quantized_weight.codes.device)
-        return self.quantized_weight.select(rows).dequantize(self.compute_dtype)
+        if self.packed_weight is not None:
+            return dequantize_rows(self.packed_weight, torch.arange(first, first + size), self.compute_dtype)
+        weight = self.quantized_weight
+        rows = torch.arange(first, first + size, device=weight.codes.device)
+        return weight.select(rows).dequantize(self.compute_dtype)
+
+    @property
+    def can_be_packed(self) -> bool:
+        """Whether every expert begins a block of the native layout."""
+        return self.scheme.kind == "int" and self.shape[1] % BLOCK == 0
+
+    def multiply(self, kernels: Kernels, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """x `[T, K]` times an expert's weight transposed: `[T, N]`."""
+        packed = self.packed_weight
+        if packed is None:
+            return kernels.linear(x, self[expert])
+        blocks = self.shape[1] // BLOCK
+        part = slice(expert * blocks, (expert + 1) * blocks)
+        offsets = packed.offsets[part] if packed.offsets is not None else None
+        return kernels.quantized_linear(
+            x,
+            replace(
+                packed, codes=packed.codes[part], scales=packed.scales[part], offsets=offsets,
+                num_outputs=self.shape[1],
+            ),
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return self.num_experts

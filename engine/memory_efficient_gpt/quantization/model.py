@@ -117,15 +117,16 @@ def give_kernels(model: nn.Module, kernels: Kernels) -> Counter[str]:
 
     Counts what became of them: "native", or the reason why a module stays with torch. A weight shared by two
     modules is packed once; one module of each scheme and shape is checked against its dequantized weight.
+    Stacks of experts are left to `give_stack_kernels`.
     """
     outcome: Counter[str] = Counter()
     packed: dict[int, tuple[QuantizedWeight, PackedWeight]] = {}
     checked: dict[tuple[Scheme, int, int], str | None] = {}
     for module in quantized_modules(model):
-        if module.packed_weight is not None:
+        if module.packed_weight is not None or isinstance(module, QuantizedStack):
             continue
         weight = module.quantized_weight
-        reason = _no_kernel(module, weight)
+        reason = _no_kernel(weight)
         if reason is None:
             key = weight.codes.data_ptr()
             if key not in packed:  # the weight is kept, so that no other one gets its address
@@ -140,12 +141,19 @@ def give_kernels(model: nn.Module, kernels: Kernels) -> Counter[str]:
     return outcome
 
 
-def _no_kernel(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+def _no_kernel(weight: QuantizedWeight) -> str | None:
     if weight.scheme.kind != "int":
         return f"no native kernel for {weight.scheme}"
     if weight.codes.device.type != "cpu":
         return f"on {weight.codes.device.type}"
-    return "experts are dequantized one by one" if isinstance(module, QuantizedStack) else None
+    return None
+
+
+def give_stack_kernels(experts: nn.Module, kernels: Kernels) -> None:
+    """Pack the stacks of an experts module that multiplies with native kernels."""
+    for stack in quantized_modules(experts):
+        if isinstance(stack, QuantizedStack) and stack.can_be_packed and stack.packed_weight is None:
+            stack.use_kernels(kernels, pack_weight(stack.quantized_weight, kernels))
 
 
 def _difference(kernels: Kernels, weight: QuantizedWeight, packed: PackedWeight) -> str | None:

@@ -11,7 +11,7 @@ from transformers import CohereConfig
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
 
-from memory_efficient_gpt.fusion import fuse
+from memory_efficient_gpt.fusion.apply import fuse
 from memory_efficient_gpt.native.build import Unavailable
 from memory_efficient_gpt.native.ops import Kernels, load_kernels
 from memory_efficient_gpt.native.rotary import native_rotary, rotary_function, with_native_rotary

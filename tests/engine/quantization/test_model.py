@@ -19,8 +19,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from memory_efficient_gpt.fusion.apply import fuse
 from memory_efficient_gpt.native.build import Unavailable
 from memory_efficient_gpt.native.ops import Kernels, load_kernels
+from memory_efficient_gpt.quantization.experts import QuantizedStack
 from memory_efficient_gpt.quantization.layers import find_layers
 from memory_efficient_gpt.quantization.model import (
     QuantizationReport,
@@ -109,12 +111,40 @@ def test_a_quantized_model_computes_with_its_dequantized_weights(name: str, sche
 def test_native_kernels_add_only_the_rounding_of_activations(kernels: Kernels, name: str) -> None:
     model = quantized(name, "int8")
     want = logits(model)
-    outcome = give_kernels(model, kernels)
-    assert outcome["native"] == QUANTIZED[name] - outcome["experts are dequantized one by one"]
+    stacks = [m for m in quantized_modules(model) if isinstance(m, QuantizedStack)]
+    assert give_kernels(model, kernels) == {"native": QUANTIZED[name] - len(stacks)}
     got = logits(model)
     # 8-bit activations: 0.7% of each layer's result, a dozen layers one after another, norms between them.
     assert float((got - want).norm() / want.norm()) <= 0.08
     assert not torch.equal(got, want)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_multiply_natively_where_the_kernel_does_what_their_code_does(
+    kernels: Kernels, name: str, scheme: str
+) -> None:
+    model = quantized(name, scheme)
+    want = logits(model)
+    report = fuse(model, kernels)
+    assert report.replaced["experts"] == 2 and not any("dequantized" in why for _, why in report.dropped)
+    stacks = [m for m in quantized_modules(model) if isinstance(m, QuantizedStack)]
+    assert len(stacks) == 4 and all(stack.packed_weight is not None for stack in stacks)
+    got = logits(model)
+    assert 0 < float((got - want).norm() / want.norm()) <= 0.08
+    stack = stacks[0]
+    before = stack[1]
+    stack.drop_kernels()
+    assert torch.equal(stack[1], before)
+
+
+def test_experts_that_clamp_and_add_biases_keep_their_own_code(kernels: Kernels) -> None:
+    model = quantized("gpt_oss")
+    want = logits(model)
+    report = fuse(model, kernels)
+    assert report.replaced["experts"] == 0
+    assert report.dropped["quantized", "experts without a kernel are dequantized one by one"] == 4
+    assert float((logits(model) - want).norm() / want.norm()) <= 0.08
 
 
 def test_a_tied_head_shares_the_embeddings_weight(kernels: Kernels) -> None:

@@ -24,124 +24,154 @@ constexpr float kTiny = 1e-30f;
 constexpr int kTrials = 25;
 inline float shrink(int trial) { return 1.15f - 0.025f * static_cast<float>(trial); }
 
-// A group as float32, padded with zeros that count nothing.
-struct Group {
-    float* w;
-    float* counts;
-    int64_t size;  // a multiple of W
+// W groups side by side, one a lane: element k of all of them at [k * W]. Groups that are shorter than `size` end
+// with zeros that count nothing. counts: null where every element counts 1.
+struct Bundle {
+    const float* w;
+    const float* counts;
+    int64_t size;
 };
 
-// Sums over a group for one trial's codes c: of i c, i c^2, i c w.
+// Sums for one trial's codes c: of i c, i c^2, i c w, where i is what an element counts.
 struct Sums {
-    float c, cc, cw;
+    Vf c, cc, cw;
 };
 
-template <bool SIGNED>
-Sums try_codes(const Group& g, float inverse, float shift, float low, float high) {
-    Vf c1 = zero(), c2 = zero(), cw = zero();
-    const Vf inv = set1(inverse), add_ = set1(shift), lo = set1(low), hi = set1(high);
-    for (int64_t k = 0; k < g.size; k += W) {
-        const Vf w = load(g.w + k), i = load(g.counts + k);
-        Vf c = SIGNED ? round(mul(w, inv)) : round(mul(add(w, add_), inv));
-        c = max(lo, sub(zero(), max(sub(zero(), c), sub(zero(), hi))));  // max, then min by signs
-        const Vf ic = mul(i, c);
-        if (!SIGNED) c1 = add(c1, ic);
-        c2 = fma(ic, c, c2);
-        cw = fma(ic, w, cw);
+template <bool WEIGHTED, bool SIGNED>
+Sums try_codes(const Bundle& b, Vf inverse, Vf shift, Vf low, Vf high) {
+    Sums s{zero(), zero(), zero()};
+    for (int64_t k = 0; k < b.size; ++k) {
+        const Vf w = load(b.w + k * W);
+        const Vf c = max(low, min(high, round(mul(SIGNED ? w : add(w, shift), inverse))));
+        const Vf ic = WEIGHTED ? mul(load(b.counts + k * W), c) : c;
+        if (!SIGNED) s.c = add(s.c, ic);
+        s.cc = fma(ic, c, s.cc);
+        s.cw = fma(ic, w, s.cw);
     }
-    return {SIGNED ? 0.0f : reduce_add(c1), reduce_add(c2), reduce_add(cw)};
+    return s;
+}
+
+struct Totals {
+    Vf low, high, i, iw, iww;
+};
+
+template <bool WEIGHTED>
+Totals total(const Bundle& b) {
+    Totals t{zero(), zero(), zero(), zero(), zero()};
+    for (int64_t k = 0; k < b.size; ++k) {
+        const Vf w = load(b.w + k * W), i = WEIGHTED ? load(b.counts + k * W) : set1(1.0f);
+        const Vf iw = mul(i, w);
+        t.low = min(t.low, w);
+        t.high = max(t.high, w);
+        t.i = add(t.i, i);
+        t.iw = add(t.iw, iw);
+        t.iww = fma(iw, w, t.iww);
+    }
+    return t;
 }
 
 // The element of largest magnitude becomes the lowest code, so scales may be negative.
-float search_symmetric(const Group& g, float middle) {
-    float extreme = 0.0f, total = 0.0f;
-    for (int64_t k = 0; k < g.size; ++k) {
-        if (std::fabs(g.w[k]) > std::fabs(extreme)) extreme = g.w[k];
-        total += g.counts[k] * g.w[k] * g.w[k];
-    }
-    const float base = std::fabs(extreme) < kTiny ? kTiny : -extreme / middle;
-    float best = INFINITY, scale = base;
+template <bool WEIGHTED>
+Vf search_symmetric(const Bundle& b, float middle) {
+    const Totals t = total<WEIGHTED>(b);
+    const Vf below = sub(zero(), t.low), tiny = set1(kTiny);
+    const Vf extreme = select(less(t.high, below), t.low, t.high);
+    const Vf base = select(less(max(t.high, below), tiny), tiny, div(extreme, set1(-middle)));
+    Vf best = set1(INFINITY), scale = base;
     for (int trial = 0; trial < kTrials; ++trial) {
-        const float tried = base * shrink(trial);
-        const Sums s = try_codes<true>(g, 1.0f / tried, 0.0f, -middle, middle - 1.0f);
-        const float fitted = s.cc > 0.0f ? s.cw / std::max(s.cc, kTiny) : tried;
-        const float error = total - 2.0f * fitted * s.cw + fitted * fitted * s.cc;
-        if (error < best) {
-            best = error;
-            scale = fitted;
-        }
+        const Vf tried = mul(base, set1(shrink(trial)));
+        const Sums s = try_codes<WEIGHTED, true>(b, div(set1(1.0f), tried), zero(), set1(-middle), set1(middle - 1.0f));
+        const Vf fitted = select(less(zero(), s.cc), div(s.cw, max(s.cc, tiny)), tried);
+        const Vf error = add(t.iww, mul(fitted, sub(mul(fitted, s.cc), add(s.cw, s.cw))));
+        const auto better = less(error, best);
+        best = select(better, error, best);
+        scale = select(better, fitted, scale);
     }
     return scale;
 }
 
-void search_asymmetric(const Group& g, float top, float* scale, float* offset) {
-    float low = 0.0f, high = 0.0f, i = 0.0f, iw = 0.0f, iww = 0.0f;
-    for (int64_t k = 0; k < g.size; ++k) {
-        low = std::min(low, g.w[k]);
-        high = std::max(high, g.w[k]);
-        i += g.counts[k];
-        iw += g.counts[k] * g.w[k];
-        iww += g.counts[k] * g.w[k] * g.w[k];
-    }
-    const float base = std::max((high - low) / top, kTiny), middle = top / 2 * base + low;
-    i = std::max(i, kTiny);
-    float best = INFINITY;
+template <bool WEIGHTED>
+void search_asymmetric(const Bundle& b, float top, Vf* scale, Vf* offset) {
+    const Totals t = total<WEIGHTED>(b);
+    const Vf tiny = set1(kTiny), half = set1(top / 2), i = max(t.i, tiny);
+    const Vf base = max(div(sub(t.high, t.low), set1(top)), tiny), middle = add(mul(half, base), t.low);
+    Vf best = set1(INFINITY);
     *scale = base;
-    *offset = -low;
+    *offset = sub(zero(), t.low);
     for (int trial = 0; trial < kTrials; ++trial) {
-        float s = base * shrink(trial), o = top / 2 * s - middle;
-        const Sums t = try_codes<false>(g, 1.0f / s, o, 0.0f, top);
-        const float spread = t.cc - t.c * t.c / i, common = t.cw - t.c * iw / i;
-        if (spread > 0.0f && common > 0.0f) {
-            s = common / spread;
-            o = s * t.c / i - iw / i;
-        }
-        const float error = iww - 2 * s * t.cw + 2 * o * iw + s * s * t.cc - 2 * s * o * t.c + o * o * i;
-        if (error < best) {
-            best = error;
-            *scale = s;
-            *offset = o;
-        }
+        Vf s = mul(base, set1(shrink(trial))), o = sub(mul(half, s), middle);
+        const Sums u = try_codes<WEIGHTED, false>(b, div(set1(1.0f), s), o, zero(), set1(top));
+        const Vf spread = sub(u.cc, div(mul(u.c, u.c), i)), common = sub(u.cw, div(mul(u.c, t.iw), i));
+        const auto usable = less(zero(), min(spread, common));
+        const Vf fitted = div(common, max(spread, tiny));
+        o = select(usable, div(sub(mul(fitted, u.c), t.iw), i), o);
+        s = select(usable, fitted, s);
+        // The sum of i (w - (s c - o))^2, multiplied out.
+        const Vf squares = add(t.iww, add(mul(mul(s, s), u.cc), mul(mul(o, o), t.i)));
+        const Vf products = sub(add(mul(s, u.cw), mul(mul(s, o), u.c)), mul(o, t.iw));
+        const Vf error = sub(squares, add(products, products));
+        const auto better = less(error, best);
+        best = select(better, error, best);
+        *scale = select(better, s, *scale);
+        *offset = select(better, o, *offset);
     }
 }
 
+// Groups first..first + W of all, counted row by row.
 template <class E>
-void search_row(float* scales, float* offsets, const E* w, const float* importance, const MegptQuantizeSizes& z) {
+void search_bundle(float* scales, float* offsets, const E* w, const float* importance, const MegptQuantizeSizes& z,
+                   int64_t first) {
     static thread_local Scratch scratch;
-    const int64_t padded = round_up(z.group, W);
-    float* memory = static_cast<float*>(scratch.reserve(static_cast<size_t>(2 * padded) * sizeof(float)));
-    for (int64_t i = 0; i < z.groups; ++i) {
-        const int64_t first = i * z.group, n = std::min(z.group, z.K - first);
-        Group g{memory, memory + padded, round_up(n, W)};
-        for (int64_t k = 0; k < g.size; ++k) {
-            g.w[k] = k < n ? to_float(w[first + k]) : 0.0f;
-            g.counts[k] = k < n ? (importance ? importance[first + k] : 1.0f) : 0.0f;
-        }
-        if (offsets == nullptr)
-            scales[i] = search_symmetric(g, static_cast<float>(1 << (z.bits - 1)));
-        else
-            search_asymmetric(g, static_cast<float>((1 << z.bits) - 1), scales + i, offsets + i);
+    const int64_t size = std::min(z.group, z.K), all = z.N * z.groups;
+    const bool weighted = importance != nullptr || z.K % z.group != 0;
+    float* held = static_cast<float*>(scratch.reserve(static_cast<size_t>(2 * size * W) * sizeof(float)));
+    float* counts = held + size * W;
+    for (int64_t lane = 0; lane < W; ++lane) {
+        const int64_t n = (first + lane) / z.groups, start = (first + lane) % z.groups * z.group;
+        const int64_t end = first + lane < all ? std::min(size, z.K - start) : 0;
+        const E* from = w + n * z.K + start;
+        for (int64_t k = 0; k < end; ++k) held[k * W + lane] = to_float(from[k]);
+        for (int64_t k = end; k < size; ++k) held[k * W + lane] = 0.0f;
+        for (int64_t k = 0; weighted && k < size; ++k)
+            counts[k * W + lane] = k < end ? (importance ? importance[start + k] : 1.0f) : 0.0f;
     }
+    const Bundle b{held, weighted ? counts : nullptr, size};
+    const int64_t present = std::min<int64_t>(W, all - first);
+    if (offsets == nullptr) {
+        const float middle = static_cast<float>(1 << (z.bits - 1));
+        store_n(scales + first, weighted ? search_symmetric<true>(b, middle) : search_symmetric<false>(b, middle),
+                present);
+        return;
+    }
+    const float top = static_cast<float>((1 << z.bits) - 1);
+    Vf scale, offset;
+    if (weighted)
+        search_asymmetric<true>(b, top, &scale, &offset);
+    else
+        search_asymmetric<false>(b, top, &scale, &offset);
+    store_n(scales + first, scale, present);
+    store_n(offsets + first, offset, present);
 }
 
-// Codes of a row against its stored scales and offsets; two of 4 bits to a byte, the even input low.
+// Codes of a row against its stored scales and offsets; two of 4 bits to a byte, the even input low. The loops are
+// written for the compiler to vectorise.
 template <class E>
 void code_row(uint8_t* codes, const E* w, const float* scales, const float* offsets, const MegptQuantizeSizes& z) {
+    static thread_local Scratch scratch;
     const float top = static_cast<float>((1 << z.bits) - 1), middle = static_cast<float>(1 << (z.bits - 1));
+    uint8_t* wide = z.bits == 8 ? codes : static_cast<uint8_t*>(scratch.reserve(static_cast<size_t>(z.K) + 1));
     for (int64_t i = 0; i < z.groups; ++i) {
         const int64_t first = i * z.group, end = std::min(z.K, first + z.group);
+        const float scale = scales[i], before = offsets ? offsets[i] : 0.0f, after = offsets ? 0.0f : middle;
         for (int64_t k = first; k < end; ++k) {
-            const float v = to_float(w[k]);
-            const float c = offsets ? std::nearbyint((v + offsets[i]) / scales[i]) : std::nearbyint(v / scales[i]) + middle;
-            const uint8_t code = static_cast<uint8_t>(std::min(std::max(c, 0.0f), top));
-            if (z.bits == 8)
-                codes[k] = code;
-            else if (k % 2 == 0)
-                codes[k / 2] = code;
-            else
-                codes[k / 2] = static_cast<uint8_t>(codes[k / 2] | code << 4);
+            const float c = std::nearbyint((to_float(w[k]) + before) / scale) + after;
+            wide[k] = static_cast<uint8_t>(static_cast<int32_t>(std::min(std::max(c, 0.0f), top)));
         }
     }
+    if (z.bits == 8) return;
+    wide[z.K] = 0;
+    for (int64_t k = 0; k < ceil_div(z.K, 2); ++k)
+        codes[k] = static_cast<uint8_t>(wide[2 * k] | wide[2 * k + 1] << 4);
 }
 
 template <class Body>
@@ -170,12 +200,16 @@ inline uint32_t interleave(uint32_t c) {
 MEGPT_EXPORT void megpt_search_scales(float* scales, float* offsets, const void* w, const float* importance,
                                       const void* sizes) {
     const MegptQuantizeSizes z = *static_cast<const MegptQuantizeSizes*>(sizes);
-    megpt::for_outputs(z, 300.0, [&](int64_t n) {
-        float* o = offsets ? offsets + n * z.groups : nullptr;
-        if (z.dtype == megpt::kBFloat16)
-            megpt::search_row(scales + n * z.groups, o, static_cast<const megpt::bf16*>(w) + n * z.K, importance, z);
-        else
-            megpt::search_row(scales + n * z.groups, o, static_cast<const float*>(w) + n * z.K, importance, z);
+    const int64_t bundles = megpt::ceil_div(z.N * z.groups, megpt::W);
+    const int64_t each = std::max<int64_t>(4096 / std::min(z.group, z.K), 1);  // bundles of a work item
+    const double work = static_cast<double>(z.N) * static_cast<double>(z.K) / 300.0;
+    megpt::parallel_for(megpt::ceil_div(bundles, each), megpt::useful_threads(z.threads, work), [&](int64_t item) {
+        for (int64_t b = item * each; b < std::min(bundles, (item + 1) * each); ++b) {
+            if (z.dtype == megpt::kBFloat16)
+                megpt::search_bundle(scales, offsets, static_cast<const megpt::bf16*>(w), importance, z, b * megpt::W);
+            else
+                megpt::search_bundle(scales, offsets, static_cast<const float*>(w), importance, z, b * megpt::W);
+        }
     });
 }
 

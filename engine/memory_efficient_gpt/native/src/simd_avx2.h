@@ -17,6 +17,7 @@ inline Vf mul(Vf a, Vf b) { return _mm256_mul_ps(a, b); }
 inline Vf div(Vf a, Vf b) { return _mm256_div_ps(a, b); }
 inline Vf fma(Vf a, Vf b, Vf c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vf max(Vf a, Vf b) { return _mm256_max_ps(a, b); }
+inline Vf min(Vf a, Vf b) { return _mm256_min_ps(a, b); }
 inline Vf abs(Vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 inline Vf round(Vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vm less(Vf a, Vf b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }

@@ -19,6 +19,7 @@ inline Vf mul(Vf a, Vf b) { return _mm512_mul_ps(a, b); }
 inline Vf div(Vf a, Vf b) { return _mm512_div_ps(a, b); }
 inline Vf fma(Vf a, Vf b, Vf c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vf max(Vf a, Vf b) { return _mm512_max_ps(a, b); }
+inline Vf min(Vf a, Vf b) { return _mm512_min_ps(a, b); }
 inline Vf abs(Vf a) { return _mm512_abs_ps(a); }
 inline Vf round(Vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vm less(Vf a, Vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }

@@ -19,6 +19,7 @@ inline Vf fma(Vf a, Vf b, Vf c) { return a * b + c; }  // two roundings: no fuse
 inline Vm less(Vf a, Vf b) { return a < b; }
 inline Vf select(Vm m, Vf yes, Vf no) { return (Vf)((m & (Vm)yes) | (~m & (Vm)no)); }
 inline Vf max(Vf a, Vf b) { return select(a > b, a, b); }
+inline Vf min(Vf a, Vf b) { return select(a < b, a, b); }
 inline Vf abs(Vf a) { return (Vf)((Vm)a & 0x7fffffff); }
 // To the nearest whole number, ties to even: adding 1.5 * 2^23 leaves no fraction bits.
 inline Vf round(Vf a) {

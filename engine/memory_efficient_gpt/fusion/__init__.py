@@ -1,0 +1,1 @@
+"""Giving a model's layers native kernels, by structure and after a check."""
