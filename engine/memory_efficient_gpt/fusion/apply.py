@@ -125,15 +125,14 @@ def _fuse_rotary(
     module: nn.Module, kernels: Kernels, report: FusionReport, verdicts: dict[object, str | dict[str, Any]]
 ) -> None:
     """Turn an attention module's queries and keys with the kernel, if its model's function does the same."""
-    own = rotary_function(type(module))
-    weight = next(module.parameters(), None)
-    if own is None or weight is None:
+    own, dtype = rotary_function(type(module)), dtype_of(module)
+    if own is None or dtype is None:
         return
     reason = _obstacle(module)
     if reason is None:
-        key = ("rotary", own, weight.dtype)
+        key = ("rotary", own, dtype)
         if key not in verdicts:
-            verdicts[key] = _judge_rotary(own, kernels, weight)
+            verdicts[key] = _judge_rotary(own, kernels, torch.empty(0, dtype=dtype))
         verdict = verdicts[key]
         reason = verdict if isinstance(verdict, str) else None
     if reason is not None:
@@ -181,7 +180,9 @@ def _obstacle(module: nn.Module) -> str | None:
 
 def _judge(module: nn.Module, kind: Kind, kernels: Kernels) -> str | dict[str, Any]:
     """The settings with which the kernel gives what the module gives, or why there are none."""
-    limit = TOLERANCES[dtype_of(module)]
+    dtype = dtype_of(module)
+    assert dtype is not None, "a recognised structure has weights"
+    limit = TOLERANCES[dtype]
     tried: list[tuple[float, dict[str, Any]]] = []
     with _telling_weights(module):
         for settings in kind.candidates(module):

@@ -102,12 +102,12 @@ def _stack(module: nn.Module, name: str) -> torch.Tensor | QuantizedStack | None
     return held if isinstance(held, QuantizedStack) else own_parameter(module, name)
 
 
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """Of the weights, or what a quantized layer's weights were."""
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """Of the module's weights, or what its quantized layers' weights were; None if it has none."""
     first = next(module.parameters(), None)
     if first is not None:
         return first.dtype
-    return next(m.compute_dtype for m in module.modules() if isinstance(m, QuantizedModule))
+    return next((m.compute_dtype for m in module.modules() if isinstance(m, QuantizedModule)), None)
 
 
 def own_parameter(module: nn.Module, name: str) -> torch.Tensor | None:

@@ -147,6 +147,15 @@ def test_experts_that_clamp_and_add_biases_keep_their_own_code(kernels: Kernels)
     assert float((logits(model) - want).norm() / want.norm()) <= 0.08
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_everything_around_quantized_layers_is_fused_as_without(kernels: Kernels, dtype: torch.dtype) -> None:
+    for name in ("llama", "gpt2", "mixtral"):
+        plain, model = tiny(name, dtype), quantized(name, "int4", dtype)
+        want, got = fuse(plain, kernels).replaced, fuse(model, kernels).replaced
+        layers = want.pop("linear", 0) + want.pop("conv1d", 0)
+        assert got.pop("quantized") >= layers and got == want
+
+
 def test_a_tied_head_shares_the_embeddings_weight(kernels: Kernels) -> None:
     model = quantized("llama-tied")
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
