@@ -22,7 +22,7 @@ import memory_efficient_gpt
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("engine/memory_efficient_gpt", "server/memory_efficient_gpt_server")
 BROUGHT_BY = {"triton": "torch", "starlette": "fastapi", "pydantic-core": "pydantic", "cuda": "cuda-bindings"}
-READ_BY_TRANSFORMERS = {"safetensors"}
+READ_BY_TRANSFORMERS = {"accelerate", "safetensors"}
 
 
 def read(name: str) -> str:

@@ -12,12 +12,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memory_efficient_gpt.api import LLM, Completion
     from memory_efficient_gpt.config import EngineConfig
+    from memory_efficient_gpt.quantized_model import (
+        QuantizedModel,
+        use_flash_attention_if_available,
+        use_paged_kv_cache_if_available,
+    )
     from memory_efficient_gpt.request import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Completion", "EngineConfig", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "Completion",
+    "EngineConfig",
+    "QuantizedModel",
+    "SamplingParams",
+    "__version__",
+    "use_flash_attention_if_available",
+    "use_paged_kv_cache_if_available",
+]
 
-_HOMES = {"LLM": "api", "Completion": "api", "EngineConfig": "config", "SamplingParams": "request"}
+_HOMES = {
+    "LLM": "api",
+    "Completion": "api",
+    "EngineConfig": "config",
+    "QuantizedModel": "quantized_model",
+    "SamplingParams": "request",
+    "use_flash_attention_if_available": "quantized_model",
+    "use_paged_kv_cache_if_available": "quantized_model",
+}
 
 
 def __getattr__(name: str) -> Any:

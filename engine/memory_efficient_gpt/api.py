@@ -21,7 +21,7 @@ from memory_efficient_gpt.core import Engine
 from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
 from memory_efficient_gpt.errors import InvalidRequestError, MegptError
 from memory_efficient_gpt.loading import resolve_model
-from memory_efficient_gpt.output import TextAssembler
+from memory_efficient_gpt.output import TextAssembler, TextDelta
 from memory_efficient_gpt.progress import batch_bar, load_bar
 from memory_efficient_gpt.request import FinishReason, Request, SamplingParams, SequenceEvent, TokenLogprob
 from memory_efficient_gpt.tokenizer import Tokenizer
@@ -80,14 +80,34 @@ class LLM:
         config = EngineConfig(model=os.fspath(model), **options)
         shown = load_bar(config.model) if progress else nullcontext()
         with shown as bar:
-            self.engine = Engine.load(config, bar)
-        self.tokenizer = Tokenizer.load(resolve_model(config.model, config.revision))
+            engine = Engine.load(config, bar)
+        self._serve(engine, Tokenizer.load(resolve_model(config.model, config.revision)))
+
+    @classmethod
+    def around(cls, engine: Engine, tokenizer: Tokenizer | None) -> Self:
+        """The same for an engine that exists already; without a tokenizer for prompts of token ids only."""
+        llm = cls.__new__(cls)
+        llm._serve(engine, tokenizer)
+        return llm
+
+    def _serve(self, engine: Engine, tokenizer: Tokenizer | None) -> None:
+        self.engine = engine
+        self._tokenizer = tokenizer
         self._ids = itertools.count()
         self._running: dict[str, _Running] = {}
 
     def __repr__(self) -> str:
         info = self.info
         return f"<LLM {info.model!r}: {info.architecture}, {info.dtype} on {info.device}>"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises InvalidRequestError if it has none."""
+        if self._tokenizer is None:
+            raise InvalidRequestError(
+                "this model has no tokenizer, so it takes token ids only, not text.", param="prompt"
+            )
+        return self._tokenizer
 
     @property
     def info(self) -> EngineInfo:
@@ -175,8 +195,10 @@ class LLM:
             for prompt in prompts:
                 ids = tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
                 request = Request(id=f"local-{next(self._ids)}", prompt_token_ids=ids, params=params)
+                if params.stop:
+                    self.tokenizer  # noqa: B018  # stop strings need one
                 self.engine.submit(request)
-                started.append(_Running(request, self.tokenizer, continues=continues))
+                started.append(_Running(request, self._tokenizer, continues=continues))
                 self._running[request.id] = started[-1]
         except Exception:
             self._leave(started)
@@ -215,16 +237,21 @@ class LLM:
 class _Running:
     """A request under way and the text it has so far."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, *, continues: bool) -> None:
-        """continues: the text goes on from the prompt's, so a leading space of its first token counts."""
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, *, continues: bool) -> None:
+        """continues: the text goes on from the prompt's, so a leading space of its first token counts.
+
+        Without a tokenizer there is no text, only token ids.
+        """
         params = request.params
         self.request = request
         self.completion = Completion(request.prompt_token_ids, [Choice() for _ in range(params.n)])
         self._error: MegptError | None = None
-        self._assemblers = [
-            TextAssembler(tokenizer, params.stop, min_tokens=params.min_tokens, continues=continues)
-            for _ in range(params.n)
-        ]
+        self._assemblers: list[TextAssembler] = []
+        if tokenizer is not None:
+            self._assemblers = [
+                TextAssembler(tokenizer, params.stop, min_tokens=params.min_tokens, continues=continues)
+                for _ in range(params.n)
+            ]
 
     @property
     def done(self) -> bool:
@@ -238,20 +265,21 @@ class _Running:
 
     def apply(self, event: SequenceEvent) -> bool:
         """Take an event in; True when a stop string ended the sequence, which the engine can't know."""
-        choice, assembler = self.completion.choices[event.index], self._assemblers[event.index]
+        choice = self.completion.choices[event.index]
+        assembler = self._assemblers[event.index] if self._assemblers else None
         self._error = self._error or event.error
         if event.index == 0 and event.prompt_logprobs is not None:
             self.completion.prompt_logprobs = event.prompt_logprobs
         self.completion.num_cached_tokens = max(self.completion.num_cached_tokens, event.num_cached_tokens)
         choice.token_ids += event.token_ids
         choice.logprobs += event.logprobs or []
-        delta = assembler.push(event.token_ids)
+        delta = assembler.push(event.token_ids) if assembler is not None else TextDelta()
         choice.text += delta.text
         if delta.stop_string is not None:
             choice.finish_reason, choice.stop = FinishReason.STOP, delta.stop_string
             return event.finish_reason is None
         if event.finish_reason is not None:
-            choice.text += assembler.finish().text
+            choice.text += assembler.finish().text if assembler is not None else ""
             choice.finish_reason, choice.stop = event.finish_reason, event.stop_token_id
         return False
 

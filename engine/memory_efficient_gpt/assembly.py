@@ -31,12 +31,15 @@ from memory_efficient_gpt.loading import (
     eos_token_ids,
     load_config,
     load_model,
+    quantization_notes,
     resolve_dtype,
     resolve_model,
 )
 from memory_efficient_gpt.native.build import Unavailable
 from memory_efficient_gpt.native.layers import NativeLayer
 from memory_efficient_gpt.native.ops import Kernels, load_kernels
+from memory_efficient_gpt.quantization import bitsandbytes
+from memory_efficient_gpt.quantization.bitsandbytes_linear import bitsandbytes_modules
 from memory_efficient_gpt.quantization.layers import find_layers
 from memory_efficient_gpt.quantization.model import (
     give_kernels,
@@ -83,15 +86,19 @@ def assemble(config: EngineConfig, progress: Callable[[str, float], None]) -> Pa
         torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
     scheme = parse_scheme(config.quantization) if config.quantization is not None else None
+    if scheme is not None and scheme.by_bitsandbytes:
+        bitsandbytes.require()
     progress("checking files", 0.0)
     folder = resolve_model(config.model, config.revision)
     files = check_checkpoint(folder)
+    origin = quantization_notes(folder)
     model_config = load_config(folder)
     progress("probing the architecture", 0.1)
     decision = decide_tier(model_config, forced=config.tier, max_model_len=config.max_model_len)
     dtype, notes = resolve_dtype(config.dtype, model_config, device)
     progress("loading weights", 0.3)
     model = load_model(folder, model_config, dtype=dtype, device=device)
+    notes = (*origin, *notes)
     if scheme is not None:
         notes = (*notes, *_quantize(model, scheme, config, device, progress))
     progress("preparing the cache", 0.9)
@@ -120,14 +127,15 @@ def _quantize(
             [f"{config.model} is quantized already, as {present}; {scheme} was asked for. "
              "Leave quantization out, or give the checkpoint it was made from."]
         )  # fmt: skip
-    plan = uniform_plan(find_layers(model), scheme)
+    layers = find_layers(model)
+    plan = uniform_plan(layers, scheme)
     report = quantize_model(
         model,
         plan,
         kernels=cpu_kernels(config, device),
         progress=lambda name, share: progress(f"quantizing {name}", 0.4 + 0.5 * share),
     )
-    return (report.summary(),)
+    return (report.summary(), *bitsandbytes.left_alone(layers, scheme))
 
 
 def cpu_kernels(config: EngineConfig, device: torch.device) -> Kernels | None:
@@ -154,6 +162,7 @@ def build(
     layers = decision.layers
     assert layers is not None, "a packed tier always knows its layers"
     prepare_model(model)
+    notes = (*notes, *bitsandbytes.prepare(model))
     if device.type == "cpu" and config.native_kernels:
         from memory_efficient_gpt.fusion.apply import fuse
 
@@ -197,6 +206,7 @@ def _build_unpacked(
 ) -> Parts:
     """Tier C: one sequence at a time, its blocks a formality that never runs out."""
     model.eval()
+    notes = (*notes, *bitsandbytes.prepare(model))
     if quantized_modules(model) and (kernels := cpu_kernels(config, device)) is not None:
         give_kernels(model, kernels)
     max_len, notes = _context_length(config, model.config, decision, (*notes, *decision.notes))
@@ -254,12 +264,15 @@ def _vocab_size(model: PreTrainedModel) -> int:
 def _batch_dependence(
     model: PreTrainedModel, backend: AttentionBackend, device: torch.device
 ) -> tuple[str, ...]:
-    """What users must know of a seed's promise where torch multiplies: its sums depend on the row count."""
+    """What users must know of a seed's promise where torch or bitsandbytes multiplies: its sums depend on the
+    row count."""
+    foreign = bool(bitsandbytes_modules(model))
     native = backend.name == "cpu-native" and any(isinstance(m, NativeLayer) for m in model.modules())
-    if native or (device.type == "cpu" and model.dtype == torch.float32):
+    if (native and not foreign) or (device.type == "cpu" and model.dtype == torch.float32):
         return ()
+    who = "bitsandbytes" if foreign else "torch"
     return (
-        f"torch computes some layers in {_dtype_name(model.dtype)}: near ties, a seed's text may depend on "
+        f"{who} computes some layers in {_dtype_name(model.dtype)}: near ties, a seed's text may depend on "
         "what else is in the batch",
     )
 

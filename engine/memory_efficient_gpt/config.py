@@ -26,8 +26,8 @@ class EngineConfig:
 
     model: a bundled model's name, a Hugging Face folder, or a hub id.
     device: "auto", "cpu", "cuda" or "cuda:N".
-    quantization: how weights are stored ("int4", "int8", "int4-g128" ...); None leaves them as the checkpoint
-    has them.
+    quantization: how weights are stored ("int4", "int8", "int4-g128" ..., "bnb-nf4" ... with bitsandbytes);
+    None leaves them as the checkpoint has them.
     max_model_len: positions of a request (prompt + output); None takes the model's own limit.
     kv_cache_bytes: size of the KV pool in bytes; None sizes it from `max_num_seqs` and free memory.
     num_kv_blocks: the pool in blocks instead of bytes (tests, benchmarks).

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from memory_efficient_gpt.quantization.foreign import LayerFormat
+
 logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
@@ -169,31 +171,80 @@ def load_model(
 
     Raises CheckpointError when weights are missing or have other shapes than the config says.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # loads have a bar of their own
-    if getattr(config, "quantization_config", None) is not None:
-        from memory_efficient_gpt.quantization.checkpoint import register_format
-
-        register_format()
-    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its annotations miss output_loading_info
     try:
-        model, report = from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            device_map=None if device.type == "cpu" else {"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        model, report = _from_pretrained(folder, config, dtype, device)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise CheckpointError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
     _refuse_incomplete(folder, report)
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
     return loaded
+
+
+def _from_pretrained(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and transformers' report of what it found in the files."""
+    from transformers import AutoModelForCausalLM
+
+    if (layer_format := _foreign_format(folder)) is not None:
+        from memory_efficient_gpt.quantization.foreign import load_foreign
+
+        return load_foreign(check_checkpoint(folder), layer_format, config, dtype=dtype, device=device)
+    from memory_efficient_gpt.quantization import bitsandbytes
+
+    by_bitsandbytes = bitsandbytes.describes(_quantization_settings(folder))
+    if by_bitsandbytes:
+        bitsandbytes.require(to_load=True)
+    if getattr(config, "quantization_config", None) is not None:
+        from memory_efficient_gpt.quantization.checkpoint import register_format
+
+        register_format()
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its annotations miss output_loading_info
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        device_map={"": device} if by_bitsandbytes or device.type != "cpu" else None,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    if by_bitsandbytes:
+        bitsandbytes.adopt(loaded[0], dtype)
+    return loaded
+
+
+def quantization_notes(folder: Path) -> tuple[str, ...]:
+    """What a user should know of a checkpoint that another library quantized.
+
+    Raises UnsupportedModelError for options of its format that cannot be loaded.
+    """
+    layer_format = _foreign_format(folder)
+    return layer_format.notes if layer_format is not None else ()
+
+
+def _foreign_format(folder: Path) -> LayerFormat | None:
+    """The format of another library in which the weights are; None if they are in none."""
+    if (settings := _quantization_settings(folder)) is None:
+        return None
+    from memory_efficient_gpt.quantization.foreign import format_of
+
+    return format_of(settings)
+
+
+def _quantization_settings(folder: Path) -> dict[str, Any] | None:
+    """What config.json says of how weights are quantized; None if nothing."""
+    raw = _read_json(folder / "config.json")
+    for part in (raw, raw.get("text_config")):  # models with other modalities have a config for text
+        for name in ("quantization_config", "compression_config"):
+            settings = part.get(name) if isinstance(part, dict) else None
+            if isinstance(settings, dict):
+                return settings
+    return None
 
 
 def resolve_dtype(

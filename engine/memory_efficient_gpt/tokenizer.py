@@ -75,6 +75,11 @@ class Tokenizer:
         return cls(tokenizer, read_eos_token_ids(folder))
 
     @property
+    def wrapped(self) -> PreTrainedTokenizerBase:
+        """The transformers tokenizer."""
+        return self._tokenizer
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` can work."""
         return self._tokenizer.chat_template is not None

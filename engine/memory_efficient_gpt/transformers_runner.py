@@ -68,10 +68,12 @@ class _Generation:
             max_new_tokens=self._max_new_tokens, do_sample=False, use_cache=True, pad_token_id=0
         )
         ids = torch.tensor([self._tokens], dtype=torch.int64, device=self._model.device)
-        generate: Any = self._model.generate  # PreTrainedModel doesn't declare it
+        model: Any = self._model  # PreTrainedModel doesn't declare generate
+        own = model.generation_config
+        model.generation_config = GenerationConfig()  # the checkpoint's sampling defaults are not ours
         try:
             with torch.inference_mode():
-                generate(
+                model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
                     generation_config=config,
@@ -82,6 +84,8 @@ class _Generation:
             return
         except BaseException as error:  # noqa: BLE001  thread boundary: delivered to the waiting engine
             self._logits.put(_Failure(error))
+        finally:
+            model.generation_config = own
 
     def _exchange(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self._logits.put(scores.detach())
@@ -97,9 +101,6 @@ class TransformersRunner:
     """Runs steps of exactly one chunk: a whole sequence's known tokens, or one more."""
 
     def __init__(self, model: PreTrainedModel, *, device: torch.device, end_ids: tuple[int, ...]) -> None:
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig()  # the checkpoint's sampling defaults are not ours
         self._model = model
         self._device = device
         self._end_ids = end_ids

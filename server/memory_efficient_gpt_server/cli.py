@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from memory_efficient_gpt.errors import ConfigError, MegptError
-from memory_efficient_gpt_server.commands import bench, chat, doctor, generate, serve, version
+from memory_efficient_gpt_server.commands import bench, chat, doctor, generate, quantize, serve, version
 
-COMMANDS: Final = (serve, generate, chat, bench, doctor, version)
+COMMANDS: Final = (serve, generate, chat, quantize, bench, doctor, version)
 
 EXIT_FAILED: Final = 1
 EXIT_WRONG_USE: Final = 2
@@ -29,6 +29,8 @@ start here:
   megpt serve                          serve the bundled demo model on http://127.0.0.1:8000
   megpt generate demo -p "Once upon"   continue a text, in this terminal
   megpt chat demo                      talk to a model, in this terminal
+  megpt quantize demo --scheme int4 --out demo-int4
+                                       store its weights in a quarter of the bytes
   megpt doctor                         what this machine offers, and what is wrong with it
 
 `megpt COMMAND --help` explains a command with examples. A MODEL is the name of a bundled model

@@ -66,7 +66,7 @@ class ModelSettings(BaseModel):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: Dtype = Field("auto", description="in which is computed; of the weights unless quantized")
     quantization: str | None = Field(
-        None, description="int4, int8, int4-g128 ...; null: weights as the checkpoint has them"
+        None, description="int4, int8, int4-g128, bnb-nf4 ...; null: weights as the checkpoint has them"
     )
     kv_cache_dtype: KVCacheDtype = Field("auto", description="of the KV cache")
     max_model_len: int | None = Field(None, ge=2, description="positions of a request; null: the model's own")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -135,6 +136,26 @@ def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:
     assert llm.stats.num_running == llm.stats.num_waiting == 0
 
 
+def test_an_engine_without_a_tokenizer_takes_ids_only(llm: LLM) -> None:
+    around, ids = LLM.around(llm.engine, None), llm.tokenizer.encode(PROMPT)
+    choice = around.generate(ids, max_tokens=6, temperature=0).choices[0]
+    assert choice.token_ids == llm.generate(ids, max_tokens=6, temperature=0).choices[0].token_ids
+    assert choice.text == "" and choice.finish_reason is FinishReason.LENGTH
+    for prompt, stop in ((PROMPT, None), (ids, "dark")):
+        with pytest.raises(InvalidRequestError, match="no tokenizer, so it takes token ids only"):
+            around.generate(prompt, max_tokens=6, stop=stop)
+    assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize("package", ["attention", "kv_cache", "quantization"])
+def test_every_name_of_a_package_is_there(package: str) -> None:
+    module = importlib.import_module(f"memory_efficient_gpt.{package}")
+    for name in module._HOMES:
+        assert getattr(module, name) is not None and name in dir(module)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        module.nothing  # noqa: B018
+
+
 def test_unknown_model_is_named() -> None:
     with pytest.raises(ModelNotFoundError, match="nope"):
         LLM("./nope")
@@ -142,7 +163,8 @@ def test_unknown_model_is_named() -> None:
 
 def test_public_names_are_exactly_these() -> None:
     assert set(memory_efficient_gpt.__all__) == {
-        "LLM", "Completion", "EngineConfig", "SamplingParams", "__version__",
+        "LLM", "Completion", "EngineConfig", "QuantizedModel", "SamplingParams", "__version__",
+        "use_flash_attention_if_available", "use_paged_kv_cache_if_available",
     }  # fmt: skip
     for name in memory_efficient_gpt.__all__:
         assert getattr(memory_efficient_gpt, name)

@@ -50,11 +50,12 @@ REQUEST = Request(
 INFO = EngineInfo(
     model="m", architecture="A", tier="B", tier_reason="r", dtype="float32", device="cpu", max_model_len=1,
     vocab_size=2, eos_token_ids=(3, 4), num_kv_blocks=5, block_size=6, kv_cache_dtype="int8", weights_bytes=7,
-    kv_cache_bytes=2**40, attention_backend="torch", notes=("one", "two"),
+    kv_cache_bytes=2**40, attention_backend="torch", quantization="int4", notes=("one", "two"),
 )  # fmt: skip
 CONFIG = EngineConfig(
-    model="m", revision="r", device="cpu", dtype="float32", kv_cache_dtype="int8", max_model_len=2,
-    num_kv_blocks=2, block_size=1, max_num_seqs=1, max_batched_tokens=1, prefix_cache=False, num_threads=1,
+    model="m", revision="r", device="cpu", dtype="float32", quantization="int4", kv_cache_dtype="int8",
+    max_model_len=2, num_kv_blocks=2, block_size=1, max_num_seqs=1, max_batched_tokens=1,
+    prefix_cache=False, num_threads=1,
     overlap=True, native_kernels=False, tier="C", debug_checks=True,
 )  # fmt: skip
 STATS = EngineStats(**{f.name: number for number, f in enumerate(fields(EngineStats), start=1)})

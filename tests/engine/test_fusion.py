@@ -24,6 +24,10 @@ from memory_efficient_gpt.fusion import apply as fusion_module
 from memory_efficient_gpt.fusion.apply import FusionReport, fuse
 from memory_efficient_gpt.native.build import Unavailable
 from memory_efficient_gpt.native.ops import Kernels, load_kernels
+from memory_efficient_gpt.quantization.layers import find_layers
+from memory_efficient_gpt.quantization.model import quantize_model
+from memory_efficient_gpt.quantization.plans import uniform_plan
+from memory_efficient_gpt.quantization.scheme import INT8
 
 TINY: dict[str, Any] = dict(
     hidden_size=64,
@@ -133,6 +137,17 @@ def test_gradients_are_the_original_ones(kernels: Kernels, name: str) -> None:
     for (key, got), want in zip(model.named_parameters(), original.parameters(), strict=True):
         assert got.grad is not None and want.grad is not None, key
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fusing_again_changes_nothing_and_reports_the_same(kernels: Kernels, name: str) -> None:
+    model = tiny(name)
+    quantize_model(model, uniform_plan(find_layers(model)[:3], INT8))
+    first = fuse(model, kernels)
+    assert first.replaced["quantized"]
+    classes = [type(module) for module in model.modules()]
+    assert fuse(model, kernels).summary() == first.summary()
+    assert [type(module) for module in model.modules()] == classes
 
 
 def test_another_dtype_after_fusing_still_works(kernels: Kernels) -> None:

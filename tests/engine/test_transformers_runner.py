@@ -55,8 +55,11 @@ def test_greedy_equals_generate_for_requests_submitted_together(build: Any) -> N
     params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
     for number, prompt in enumerate(PROMPTS):
         engine.submit(Request(id=str(number), prompt_token_ids=prompt, params=params))
+    own = model.generation_config
     events = collect(engine)
+    assert model.generation_config is own  # plain calls of generate keep the checkpoint's defaults
     generate: Any = model.generate
+    model.generation_config = GenerationConfig()  # the end token is ignored here, too
     config = GenerationConfig(max_new_tokens=10, do_sample=False, pad_token_id=0)
     for number, prompt in enumerate(PROMPTS):
         tokens = [t for e in events if e.request_id == str(number) for t in e.token_ids]

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from memory_efficient_gpt.quantized_model import (
+        use_flash_attention_if_available as use_flash_attention_if_available,
+    )
 
 _PACKAGE: Final = "memory_efficient_gpt"
 _HOMES: Final = {
@@ -18,7 +23,7 @@ _HOMES: Final = {
     "prepare_model": "attention.model_setup",
     "register": "attention.interface",
     "step_context": "attention.context",
-    "use_flash_attention_if_available": "api",
+    "use_flash_attention_if_available": "quantized_model",
 }
 
 

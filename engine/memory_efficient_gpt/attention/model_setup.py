@@ -7,11 +7,13 @@ Invariant: afterwards a sequence's result depends on its own tokens only, whatev
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from memory_efficient_gpt.attention.interface import ATTENTION_NAME, register
 from memory_efficient_gpt.errors import UnsupportedModelError
-from memory_efficient_gpt.kv_cache.host_reads import remove_host_reads
+from memory_efficient_gpt.kv_cache.host_reads import REPLACED_ATTRIBUTES, remove_host_reads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,3 +36,34 @@ def prepare_model(model: PreTrainedModel) -> None:
     if getattr(text_config, "output_router_logits", False):
         text_config.output_router_logits = False
     remove_host_reads(model)
+
+
+@contextmanager
+def setup_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Undo afterwards what `prepare_model` does within: plain transformers may then use `model` again.
+
+    Weights and caches stay as they are then, and layers keep the kernels they were given.
+    """
+    training = [module for module in model.modules() if module.training]
+    attention = model.config._attn_implementation
+    text_config = model.config.get_text_config()
+    router_logits = getattr(text_config, "output_router_logits", None)
+    instances: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (attributes, {name: attributes[name] for name in REPLACED_ATTRIBUTES if name in attributes})
+        for module in model.modules()
+        if any(hasattr(module, name) for name in REPLACED_ATTRIBUTES)
+        for attributes in (vars(module),)
+    ]
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+        if router_logits is not None:
+            text_config.output_router_logits = router_logits
+        for attributes, own in instances:
+            for name in REPLACED_ATTRIBUTES:
+                attributes.pop(name, None)
+            attributes.update(own)

@@ -26,7 +26,12 @@ from memory_efficient_gpt.fusion.structures import KINDS, PROBE_ERRORS, Kind, dr
 from memory_efficient_gpt.native.build import Unavailable
 from memory_efficient_gpt.native.layers import NativeConv1D, NativeExperts, become
 from memory_efficient_gpt.native.ops import Kernels, load_kernels
-from memory_efficient_gpt.native.rotary import native_rotary, rotary_function, with_native_rotary
+from memory_efficient_gpt.native.rotary import (
+    has_native_rotary,
+    native_rotary,
+    rotary_function,
+    with_native_rotary,
+)
 from memory_efficient_gpt.quantization.experts import QuantizedStack
 from memory_efficient_gpt.quantization.model import give_kernels, give_stack_kernels, quantized_modules
 
@@ -60,6 +65,7 @@ def fuse(model: nn.Module, kernels: Kernels | None = None) -> FusionReport:
 
     kernels: None loads those for this CPU; where there are none, nothing changes and the report says why.
     One module of each kind (class, shapes, constants) is checked against its own forward on random input.
+    What was fused before stays so.
     """
     loaded = load_kernels() if kernels is None else kernels
     if isinstance(loaded, Unavailable):
@@ -82,6 +88,9 @@ def _fuse_module(
     module: nn.Module, kernels: Kernels, report: FusionReport, verdicts: dict[object, str | dict[str, Any]]
 ) -> None:
     for kind in KINDS:
+        if isinstance(module, kind.layer):  # it was fused before
+            report.replaced[kind.name] += 1
+            return
         shape = kind.recognise(module)
         if shape is None:
             continue
@@ -125,6 +134,9 @@ def _fuse_rotary(
     module: nn.Module, kernels: Kernels, report: FusionReport, verdicts: dict[object, str | dict[str, Any]]
 ) -> None:
     """Turn an attention module's queries and keys with the kernel, if its model's function does the same."""
+    if has_native_rotary(module):
+        report.replaced["rotary"] += 1
+        return
     own, dtype = rotary_function(type(module)), dtype_of(module)
     if own is None or dtype is None:
         return

@@ -138,6 +138,8 @@ def _build_on_meta(config: PreTrainedConfig) -> torch.nn.Module:
     config = copy.deepcopy(config)  # from_config writes the attention implementation into it
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    if getattr(config, "_experts_implementation", None) is not None:
+        config._experts_implementation = None  # experts one by one, as quantized ones run, read token values
     from_config: Callable[..., torch.nn.Module] = AutoModelForCausalLM.from_config
     try:
         with torch.device("meta"):  # bfloat16, because grouped expert GEMMs accept nothing else there

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _BATCH_DEPENDENT_ROPE: Final = ("dynamic", "longrope")
 _PADDING_CHECK: Final = "warn_if_padding_and_no_attention_mask"
+REPLACED_ATTRIBUTES: Final = ("rope_type", _PADDING_CHECK)
+"""Of modules; what `remove_host_reads` sets on instances."""
 
 
 def remove_host_reads(model: torch.nn.Module) -> None:
@@ -34,8 +36,10 @@ def remove_host_reads(model: torch.nn.Module) -> None:
             object.__setattr__(module, _PADDING_CHECK, _no_check)
         kinds = getattr(module, "rope_type", None)  # read after construction by the update hook only
         if isinstance(kinds, str) and _depends_on_batch(kinds):
+            _take_short_frequencies(module)
             module.rope_type = "default"
         elif isinstance(kinds, dict) and any(map(_depends_on_batch, kinds.values())):
+            _take_short_frequencies(module)
             module.rope_type = {k: "default" if _depends_on_batch(v) else v for k, v in kinds.items()}
 
 
@@ -67,6 +71,17 @@ def _rope_parameter_sets(config: PreTrainedConfig) -> list[dict[str, Any]]:
 
 def _depends_on_batch(rope_type: str) -> bool:
     return any(kind in rope_type for kind in _BATCH_DEPENDENT_ROPE)
+
+
+def _take_short_frequencies(module: torch.nn.Module) -> None:
+    """A long text may have gone through the model before; the next one beyond the limit starts anew."""
+    buffers = module._buffers
+    for name in [name for name in buffers if name.endswith("original_inv_freq")]:
+        original = buffers[name]
+        buffers[name.replace("original_", "")] = original.clone() if original is not None else None
+    cached = [name for name in vars(module) if name.endswith("max_seq_len_cached")]
+    for name in cached if hasattr(module, "original_max_seq_len") else ():
+        setattr(module, name, module.original_max_seq_len)
 
 
 def _no_check(input_ids: object, attention_mask: object) -> None:

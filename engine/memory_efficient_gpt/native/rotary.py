@@ -23,6 +23,7 @@ from memory_efficient_gpt.native.layers import DTYPES
 from memory_efficient_gpt.native.ops import Kernels
 
 FUNCTION_NAME: Final = "apply_rotary_pos_emb"
+_MARK: Final = "turns_natively"
 
 Rotary = Callable[..., Any]
 
@@ -68,7 +69,13 @@ def with_native_rotary(own: type[nn.Module], kernels: Kernels) -> type[nn.Module
     )
     functools.update_wrapper(copy, forward)
     copy.__kwdefaults__ = forward.__kwdefaults__
-    return type(f"NativeRotary{own.__name__}", (own,), {"__module__": own.__module__, "forward": copy})
+    namespace = {"__module__": own.__module__, "forward": copy, _MARK: True}
+    return type(f"NativeRotary{own.__name__}", (own,), namespace)
+
+
+def has_native_rotary(module: nn.Module) -> bool:
+    """Whether its class is one of `with_native_rotary`."""
+    return getattr(type(module), _MARK, False)
 
 
 def _takes(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:

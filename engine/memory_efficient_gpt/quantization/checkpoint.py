@@ -6,8 +6,10 @@ Invariant: what is loaded equals what was saved bit for bit; a weight that two m
 
     config.json   "quantization_config": {"quant_method": "megpt", "version": 1,
                       "modules": {"model.layers.0.mlp.up_proj": "int4", ...},   scheme of each module
-                      "shared": {"lm_head": "model.embed_tokens"}}              module -> whose weight it uses
-    *.safetensors <module>.weight_codes, .weight_scales, .weight_offsets, .weight_unit; all else as it was
+                      "shared": {"lm_head": "model.embed_tokens"},              module -> whose weight it uses
+                      "reordered": ["model.layers.0.mlp.down_proj"]}            see reordered.py; absent: none
+    *.safetensors <module>.weight_codes, .weight_scales, .weight_offsets, .weight_unit (and .weight_order);
+                  all else as it was
 
 `register_format()` makes plain `AutoModelForCausalLM.from_pretrained(folder)` understand such folders.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -25,9 +27,11 @@ import torch
 from torch import nn
 
 from memory_efficient_gpt.errors import CheckpointError, ConfigError
+from memory_efficient_gpt.quantization.bitsandbytes_linear import bitsandbytes_modules
 from memory_efficient_gpt.quantization.layers import find_layers
 from memory_efficient_gpt.quantization.model import index_experts_one_by_one, put_weight
 from memory_efficient_gpt.quantization.modules import QuantizedModule
+from memory_efficient_gpt.quantization.reordered import ReorderedLinear, hold_reordered
 from memory_efficient_gpt.quantization.scheme import Scheme, parse_scheme
 from memory_efficient_gpt.quantization.storage import QuantizedWeight
 
@@ -50,6 +54,11 @@ def save_quantized(model: PreTrainedModel, folder: Path, *, source: Path | None 
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
+    if bitsandbytes_modules(model):
+        raise ConfigError(
+            ["weights in bitsandbytes' formats are made when a model is loaded, not saved by this library. "
+             "Save the model as int4 or int8, or use transformers' save_pretrained."]
+        )  # fmt: skip
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError([f"{folder} is not empty. Give a new folder, or empty it."])
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +74,8 @@ def save_quantized(model: PreTrainedModel, folder: Path, *, source: Path | None 
     config = model.config.to_dict()
     config["quantization_config"] = description
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    for name in split.filename_to_tensors:  # safetensors lets nobody else read what it writes
+        shutil.copymode(folder / "config.json", folder / name)
     for pattern in _COPIED if source is not None else ():
         for file in cast(Path, source).glob(pattern):
             if file.name not in _NOT_COPIED:
@@ -76,6 +87,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """The `quantization_config` of a model quantized in place."""
     modules: dict[str, str] = {}
     shared: dict[str, str] = {}
+    reordered: list[str] = []
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedModule):
@@ -86,7 +98,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
         if owner != name:
             shared[name] = owner
         modules[name] = str(module.scheme)
-    return {"quant_method": METHOD, "version": VERSION, "modules": modules, "shared": shared}
+        if isinstance(module, ReorderedLinear):
+            reordered.append(name)
+    description = {"quant_method": METHOD, "version": VERSION, "modules": modules, "shared": shared}
+    return {**description, "reordered": reordered} if reordered else description
 
 
 @functools.cache
@@ -104,10 +119,12 @@ def register_format() -> None:
             modules: Mapping[str, str],
             shared: Mapping[str, str] | None = None,
             version: int = VERSION,
+            reordered: Sequence[str] = (),
             **_: Any,
         ) -> None:
             self.quant_method = METHOD  # type: ignore[assignment]  # transformers lists its own methods only
             self.modules, self.shared, self.version = dict(modules), dict(shared or {}), version
+            self.reordered = list(reordered)
 
     class MegptQuantizer(HfQuantizer):
         """Puts empty quantized modules where the checkpoint has quantized weights."""
@@ -125,7 +142,7 @@ def register_format() -> None:
 
         def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
             config = cast(Any, self.quantization_config)
-            prepare_empty(model, config.modules, config.shared, config.version)
+            prepare_empty(model, config.modules, config.shared, config.version, config.reordered)
 
         def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
             share_weights(model, cast(Any, self.quantization_config).shared)
@@ -136,7 +153,11 @@ def register_format() -> None:
 
 
 def prepare_empty(
-    model: PreTrainedModel, modules: Mapping[str, str], shared: Mapping[str, str], version: int = VERSION
+    model: PreTrainedModel,
+    modules: Mapping[str, str],
+    shared: Mapping[str, str],
+    version: int = VERSION,
+    reordered: Sequence[str] = (),
 ) -> None:
     """Make the named modules quantized ones whose weights are still to be loaded; `model` may be on meta.
 
@@ -156,8 +177,13 @@ def prepare_empty(
     if any(by_name[name].role == "experts" for name in modules):
         index_experts_one_by_one(model)
     for layer in {id(by_name[name]): by_name[name] for name in modules}.values():
-        scheme = parse_scheme(modules[layer.names[0]])
-        put_weight(layer, empty_weight(scheme, layer.shape, layer.weight().device))
+        scheme = parse_scheme(modules[layer.names[0]], stored=True)
+        weight = empty_weight(scheme, layer.shape, layer.weight().device)
+        if layer.name in reordered:
+            order = torch.empty(layer.shape[1], dtype=torch.int32, device=weight.codes.device)
+            hold_reordered(layer.holders[0][0], weight, order)
+        else:
+            put_weight(layer, weight)
     for name in shared:
         cast(QuantizedModule, model.get_submodule(name)).set_weight(None)
     forget_ties(model)

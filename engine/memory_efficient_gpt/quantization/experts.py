@@ -79,7 +79,12 @@ class QuantizedStack(QuantizedModule):
 
 
 def stacked_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The module's own 3-D parameters: weights of experts that no linear layer holds."""
+    """The module's own 3-D parameters: weights of experts that no linear layer holds.
+
+    A one-dimensional convolution's weight has three dimensions, too; it is tiny, and stays as it is.
+    """
+    if isinstance(module, nn.Conv1d):
+        return {}
     return {
         name: parameter
         for name, parameter in module.named_parameters(recurse=False)

@@ -20,7 +20,9 @@ from torch import nn
 from memory_efficient_gpt.errors import UnsupportedModelError
 from memory_efficient_gpt.native.ops import Kernels
 from memory_efficient_gpt.native.packed_weight import PackedWeight
-from memory_efficient_gpt.quantization.experts import QuantizedStack, hold_stack
+from memory_efficient_gpt.quantization.bitsandbytes import hold_bitsandbytes
+from memory_efficient_gpt.quantization.bitsandbytes_linear import BitsAndBytesModule, bitsandbytes_modules
+from memory_efficient_gpt.quantization.experts import QuantizedStack, hold_stack, stacked_parameters
 from memory_efficient_gpt.quantization.layers import Layer, find_layers
 from memory_efficient_gpt.quantization.modules import QuantizedModule, hold, pack_weight
 from memory_efficient_gpt.quantization.plans import Plan
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_WHOLE_STACK_CALLS: Final = frozenset({"bmm", "einsum", "matmul", "grouped_mm"})
+_NO_CODE: Final = (lambda: None).__code__
 KERNEL_TOLERANCE: Final = 0.03
 
 Progress = Callable[[str, float], None]
@@ -87,7 +91,10 @@ def quantize_model(
     for number, layer in enumerate(layers):
         if progress is not None:
             progress(layer.name, number / len(layers))
-        scheme = plan[layer.name]
+        scheme = report.schemes[layer.name] = plan[layer.name]
+        if scheme.by_bitsandbytes:
+            hold_bitsandbytes(model, layer, scheme)
+            continue
         weight = quantize_weight(
             layer.weight(),
             scheme,
@@ -96,9 +103,8 @@ def quantize_model(
             kernels=kernels,
         )
         put_weight(layer, weight)
-        report.schemes[layer.name] = scheme
     report.bytes_after = weight_bytes(model)
-    report.kept = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+    report.kept = _float_bytes(model)
     logger.info(report.summary())
     return report
 
@@ -123,7 +129,10 @@ def give_kernels(model: nn.Module, kernels: Kernels) -> Counter[str]:
     packed: dict[int, tuple[QuantizedWeight, PackedWeight]] = {}
     checked: dict[tuple[Scheme, int, int], str | None] = {}
     for module in quantized_modules(model):
-        if module.packed_weight is not None or isinstance(module, QuantizedStack):
+        if isinstance(module, QuantizedStack):
+            continue
+        if module.packed_weight is not None:
+            outcome["native"] += 1
             continue
         weight = module.quantized_weight
         reason = _no_kernel(weight)
@@ -175,24 +184,66 @@ def quantized_modules(model: nn.Module) -> list[QuantizedModule]:
     return [module for module in model.modules() if isinstance(module, QuantizedModule)]
 
 
+def report_of(model: nn.Module) -> QuantizationReport:
+    """The report of a model that is as it is: float, or loaded quantized.
+
+    Its bytes before are what all weights would take in the dtype that they compute in.
+    """
+    report = QuantizationReport(bytes_after=weight_bytes(model))
+    report.bytes_before = report.bytes_after
+    owners: set[int] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantizedModule) or _address(module) in owners:
+            continue
+        owners.add(_address(module))
+        size = module.num_outputs * module.num_inputs * module.compute_dtype.itemsize
+        report.bytes_before += size - module.weight_bytes
+        report.schemes[name] = module.scheme
+    for name, layer in model.named_modules():
+        if isinstance(layer, BitsAndBytesModule):
+            size = layer.num_outputs * layer.num_inputs * layer.compute_dtype.itemsize
+            report.bytes_before += size - layer.weight_bytes
+            report.schemes[name] = layer.scheme
+    report.kept = _float_bytes(model)
+    return report
+
+
+def _float_bytes(model: nn.Module) -> dict[str, int]:
+    """What is not quantized, by name; codes that bitsandbytes keeps in parameters are integers."""
+    floats = ((name, p) for name, p in model.named_parameters() if p.is_floating_point())
+    return {name: p.numel() * p.element_size() for name, p in floats}
+
+
 def main_scheme(model: nn.Module) -> Scheme | None:
-    """The scheme that most of the quantized weights have, by size; None if nothing is quantized."""
-    sizes: Counter[Scheme] = Counter()
-    for module in quantized_modules(model):
-        sizes[module.scheme] += module.num_outputs * module.num_inputs
-    if not sizes:
-        return None
-    return max(sizes, key=lambda scheme: sizes[scheme] * (scheme.kind != "none"))
+    """The scheme that most of the quantized weights have, by size; None if nothing is quantized.
+
+    Embedding and head count only where nothing else is quantized: a small model may be mostly these.
+    """
+    inner, total = Counter[Scheme](), Counter[Scheme]()
+    getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    ends = [getter() for getter in getters if getter is not None]
+    modules: list[QuantizedModule | BitsAndBytesModule] = [*quantized_modules(model)]
+    for module in (*modules, *bitsandbytes_modules(model)):
+        size = module.num_outputs * module.num_inputs * (module.scheme.kind != "none")
+        total[module.scheme] += size
+        inner[module.scheme] += size * all(module is not end for end in ends)
+    return max(total, key=lambda scheme: (inner[scheme], total[scheme]), default=None)
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all weights in memory, shared ones counted once."""
     sizes: dict[int, int] = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
     for module in quantized_modules(model):
-        packed = module.packed_weight
-        codes = packed.codes if packed is not None else module.quantized_weight.codes
-        sizes[codes.data_ptr()] = module.weight_bytes
+        sizes[_address(module)] = module.weight_bytes
+    for layer in bitsandbytes_modules(model):
+        sizes[cast(torch.Tensor, layer.weight).data_ptr()] = layer.weight_bytes
     return sum(sizes.values())
+
+
+def _address(module: QuantizedModule) -> int:
+    """Of the codes: the same for modules that share a weight."""
+    packed = module.packed_weight
+    return (packed.codes if packed is not None else module.quantized_weight.codes).data_ptr()
 
 
 def index_experts_one_by_one(model: PreTrainedModel) -> None:
@@ -203,4 +254,12 @@ def index_experts_one_by_one(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has stacked expert weights, and this transformers cannot run experts "
             "one by one. Update transformers, or load the model without quantization."
         )
+    for module in model.modules():
+        whole = _WHOLE_STACK_CALLS.intersection(getattr(type(module).forward, "__code__", _NO_CODE).co_names)
+        if stacked_parameters(module) and whole:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} multiplies with all its experts' weights at once "
+                f"({', '.join(sorted(whole))}); quantized ones are taken one by one. "
+                "Load the model without quantization."
+            )
     setter("eager")

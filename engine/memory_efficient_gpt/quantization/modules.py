@@ -73,6 +73,10 @@ class QuantizedModule(nn.Module):
         for name in TENSOR_NAMES:
             self.register_buffer(PREFIX + name, tensors.get(name))
 
+    def arrange(self, x: torch.Tensor) -> torch.Tensor:
+        """x `[..., K]` as the codes want it: in the order of their columns."""
+        return x
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight `[N, K]`."""
         packed = self.packed_weight
@@ -171,7 +175,7 @@ def multiply(module: QuantizedModule, x: torch.Tensor) -> torch.Tensor:
     packed, kernels = module.packed_weight, module.native_kernels
     plain = not torch.is_grad_enabled() and (bias is None or bias.dtype is x.dtype)
     if packed is not None and kernels is not None and plain and x.is_cpu and x.dtype in DTYPES:
-        return kernels.quantized_linear(x, packed, bias)
+        return kernels.quantized_linear(module.arrange(x), packed, bias)
     return functional.linear(x, module.dequantize(x.dtype), bias)
 
 

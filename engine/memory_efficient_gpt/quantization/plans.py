@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Final
 
-from memory_efficient_gpt.errors import ConfigError
+from memory_efficient_gpt.errors import ConfigError, UnsupportedModelError
+from memory_efficient_gpt.quantization.bitsandbytes import left_alone, unsuited
 from memory_efficient_gpt.quantization.layers import Layer
 from memory_efficient_gpt.quantization.scheme import INT8, UNQUANTIZED, Scheme, parse_scheme
 
@@ -30,13 +31,18 @@ def uniform_plan(
 ) -> dict[str, Scheme]:
     """`scheme` for every layer, `outer` for embedding and head, `rules` (see `pins`) before both.
 
-    Raises ConfigError for a pattern that matches no layer.
+    Layers that bitsandbytes cannot hold stay as they are when `scheme` is its.
+    Raises ConfigError for a pattern that matches no layer, UnsupportedModelError if no layer takes `scheme`.
     """
     pinned = pins(layers, rules or {})
     plan: dict[str, Scheme] = {}
     for layer in layers:
         whole = layer.role in _WHOLE_MATRIX_ROLES and scheme.kind != "none"
-        plan[layer.name] = pinned.get(layer.name, outer if whole else scheme)
+        stays = scheme.by_bitsandbytes and not whole and unsuited(layer, scheme)
+        plan[layer.name] = pinned.get(layer.name, outer if whole else UNQUANTIZED if stays else scheme)
+    if scheme.by_bitsandbytes and scheme not in plan.values():
+        reasons = "; ".join(left_alone(layers, scheme))
+        raise UnsupportedModelError(f"no layer of this model can be {scheme}: {reasons}. Use int4 or int8.")
     return plan
 
 

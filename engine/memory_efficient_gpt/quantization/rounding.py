@@ -93,6 +93,11 @@ def quantize_weight(
 
 def check_rounding(scheme: Scheme, rounding: str) -> None:
     """Raises ConfigError unless the scheme can be rounded so."""
+    if scheme.by_bitsandbytes:
+        raise ConfigError(
+            [f"{scheme} is for linear layers that bitsandbytes holds, quantized when a model is loaded. "
+             "Use a scheme such as int4 or int8 here."]
+        )  # fmt: skip
     if rounding not in get_args(Rounding):
         raise ConfigError([f"rounding {rounding!r} is unknown. Use one of {', '.join(get_args(Rounding))}."])
     if rounding == "hqq" and (scheme.kind != "int" or scheme.symmetric):

@@ -68,7 +68,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantization",
         metavar="SCHEME",
-        help="store weights as int4, int8, int4-g128 ... (default: as they are)",
+        help="store weights as int4, int8, int4-g128, bnb-nf4 ... (default: as they are)",
     )
     group.add_argument("--kv-cache-dtype", metavar="DTYPE", help="as --dtype, or int8, of the KV cache")
     group.add_argument("--kv-cache-bytes", type=byte_size, metavar="SIZE", help="for example 512MiB")

@@ -13,12 +13,14 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MixtralConfig,
     PretrainedConfig,
     Qwen3MoeConfig,
 )
 
+from memory_efficient_gpt.errors import UnsupportedModelError
 from memory_efficient_gpt.fusion.apply import fuse
 from memory_efficient_gpt.native.build import Unavailable
 from memory_efficient_gpt.native.ops import Kernels, load_kernels
@@ -30,6 +32,7 @@ from memory_efficient_gpt.quantization.model import (
     main_scheme,
     quantize_model,
     quantized_modules,
+    report_of,
     weight_bytes,
 )
 from memory_efficient_gpt.quantization.modules import QuantizedLinear
@@ -138,6 +141,14 @@ def test_experts_multiply_natively_where_the_kernel_does_what_their_code_does(
     assert torch.equal(stack[1], before)
 
 
+def test_experts_that_multiply_all_at_once_are_refused_by_name() -> None:
+    config = Llama4TextConfig(**TINY, head_dim=16, num_local_experts=4, intermediate_size_mlp=112)
+    make: Any = AutoModelForCausalLM
+    model = make.from_config(config)
+    with pytest.raises(UnsupportedModelError, match=r"Llama4TextExperts multiplies with all.*bmm"):
+        quantize_model(model, uniform_plan(find_layers(model), parse_scheme("int4")))
+
+
 def test_experts_that_clamp_and_add_biases_keep_their_own_code(kernels: Kernels) -> None:
     model = quantized("gpt_oss")
     want = logits(model)
@@ -185,6 +196,21 @@ def test_the_summary_tells_bytes_and_schemes() -> None:
     assert report.summary() == "quantized 2 x int8: 4.0 MB became 1.0 MB (75% saved)"
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral"])
+def test_a_loaded_model_is_reported_as_the_one_that_was_quantized(name: str) -> None:
+    model = tiny(name, torch.bfloat16)
+    report = quantize_model(model, uniform_plan(find_layers(model), parse_scheme("int4")))
+    again = report_of(model)
+    assert again.summary() == report.summary() and again.kept == report.kept
+    assert (again.bytes_before, again.bytes_after) == (report.bytes_before, report.bytes_after)
+
+
+def test_convolutions_are_not_taken_for_experts() -> None:
+    model = tiny("llama")
+    model.model.conv = nn.Conv1d(32, 32, 4, groups=32)
+    assert "model.conv.weight" not in {layer.name for layer in find_layers(model)}
+
+
 def test_routers_and_small_layers_stay() -> None:
     names = {layer.name for layer in find_layers(tiny("mixtral"))}
     assert any(name.endswith("experts.gate_up_proj") for name in names)
@@ -199,6 +225,12 @@ def test_main_scheme_is_the_one_of_most_weights() -> None:
     model = quantized("llama")
     assert main_scheme(model) == parse_scheme("int4")
     assert main_scheme(tiny("llama")) is None
+
+
+def test_a_large_vocabulary_does_not_decide_the_main_scheme() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY | {"vocab_size": 5000}))
+    quantize_model(model, uniform_plan(find_layers(model), parse_scheme("int4")))
+    assert main_scheme(model) == parse_scheme("int4")
 
 
 @pytest.mark.parametrize("with_kernels", [False, True])

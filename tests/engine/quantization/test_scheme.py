@@ -11,6 +11,7 @@ NAMES = [
     "int4", "int4-g64", "int4-g128", "int4-asym", "int4-asym-g64", "int4-asym-g128", "int4-channel",
     "int4-asym-channel", "int4-tensor", "int8", "int8-asym", "int8-g32", "int8-g64", "int8-g128",
     "int8-tensor", "int8-asym-tensor", "fp8", "bf16",
+    "bnb-nf4", "bnb-nf4-dq", "bnb-fp4", "bnb-fp4-dq", "bnb-int8",
 ]  # fmt: skip
 
 
@@ -26,7 +27,9 @@ def test_short_names_are_the_defaults() -> None:
     assert parse_scheme("none") == UNQUANTIZED
 
 
-@pytest.mark.parametrize("name", ["", "int3", "int4-", "int4-g", "int4g32", "int4-g32-asym", "nf4x", "int16"])
+@pytest.mark.parametrize(
+    "name", ["", "int3", "int4-", "int4-g", "int4g32", "int4-g32-asym", "nf4x", "int16", "nf4", "bnb-int8-dq"]
+)
 def test_an_unknown_name_is_refused_with_what_would_do(name: str) -> None:
     with pytest.raises(ConfigError, match="Use int4, int8, fp8"):
         parse_scheme(name)

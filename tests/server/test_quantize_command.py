@@ -1,0 +1,322 @@
+"""`megpt quantize`: plans, folders that load, wrong use told before weights are read, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memory_efficient_gpt.api import LLM
+from memory_efficient_gpt.loading import load_config, load_model, resolve_model
+from memory_efficient_gpt.quantization.calibration import split_text
+from memory_efficient_gpt.quantization.sensitivity import Reference
+from memory_efficient_gpt.tokenizer import Tokenizer
+from memory_efficient_gpt_server.cli import main
+from memory_efficient_gpt_server.commands import quantize_steps
+
+MODEL = "demo-draft"
+QUICK = ("--calibrate-tokens", "64")
+
+
+@dataclass
+class Done:
+    """How the command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Quantize = Callable[..., Done]
+
+
+@pytest.fixture
+def quantize(capsys: pytest.CaptureFixture[str]) -> Quantize:
+    """Runs `megpt quantize demo-draft` with more arguments."""
+
+    def run(*args: str, model: str = MODEL) -> Done:
+        code = main(["quantize", model, *args])
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def unloadable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test that loads weights."""
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(quantize_steps, "load_model", load)
+
+
+def schemes_in(folder: Path) -> dict[str, str]:
+    config = json.loads((folder / "config.json").read_text())
+    modules: dict[str, str] = config["quantization_config"]["modules"]
+    return modules
+
+
+# ---- what is written
+
+
+def test_one_scheme_becomes_a_folder_that_loads(quantize: Quantize, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    done = quantize("--scheme", "int4", "--out", str(out))
+    assert done.code == 0, done.err
+    assert set(schemes_in(out).values()) == {"int4", "int8"}
+    before = (resolve_model(MODEL) / "model.safetensors").stat().st_size
+    after = (out / "model.safetensors").stat().st_size
+    assert f"{before:,} bytes of weights became {after:,} bytes" in done.out
+    assert f"megpt serve --model {out}" in done.out
+    assert after < 0.5 * before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["small"], "nothing else is left"
+    with LLM(out, progress=False) as llm:
+        assert llm.info.dtype == "bfloat16"
+        assert llm.generate("The old house", max_tokens=5, temperature=0.0).text
+
+
+def test_a_budget_becomes_a_mix_that_fits_it(quantize: Quantize, tmp_path: Path) -> None:
+    out = tmp_path / "mixed"
+    done = quantize("--bits-per-weight", "6", "--out", str(out), "--json", *QUICK)
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert 5.0 < report["bits_per_weight"] <= 6.0
+    written = schemes_in(out)
+    assert {name: scheme for name, scheme in written.items() if name != "lm_head"} == report["schemes"]
+    assert len(set(written.values())) > 1
+    assert report["bytes_after"] == (out / "model.safetensors").stat().st_size
+    stored = sum(group["bytes"] for group in report["groups"])
+    assert stored < report["bytes_after"] < 1.1 * stored + 20_000
+    assert 0 < report["measured_kl"] < 10 * report["predicted_kl"]
+    assert report["measured_tokens"] == 64
+
+
+def test_what_is_measured_is_what_was_written(quantize: Quantize, tmp_path: Path) -> None:
+    """Also: stored in the checkpoint's dtype, the model loses nothing that was not measured."""
+    file, out = tmp_path / "text.txt", tmp_path / "out"
+    file.write_text("The old house stood at the end of the lane. " * 40)
+    words = ("--scheme", "int4", "--calibration", str(file), "--out", str(out), "--json")
+    report = json.loads(quantize(*words).out)
+    assert report["measured_on"] == str(file)
+
+    def load(folder: Path) -> Any:
+        return load_model(folder, load_config(folder), dtype=torch.float32, device=torch.device("cpu"))
+
+    source = resolve_model(MODEL)
+    reference = Reference(
+        load(source), split_text(load_config(source), Tokenizer.load(source).encode(file.read_text()))
+    )
+    reference.model = load(out)
+    assert reference.divergence() == pytest.approx(report["measured_kl"], rel=1e-3)
+
+
+def test_calibration_changes_what_is_written(quantize: Quantize, tmp_path: Path) -> None:
+    for name, more in (("plain", ()), ("calibrated", QUICK), ("again", QUICK)):
+        assert quantize("--scheme", "int4", "--out", str(tmp_path / name), *more).code == 0
+    plain, calibrated, again = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("plain", "calibrated", "again")
+    )
+    assert plain != calibrated
+    assert calibrated == again, "the same seed gives the same text"
+
+
+def test_rules_and_rounding_reach_the_weights(quantize: Quantize, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rules = ("--rule", "*.down_proj=int8", "--rule", "*.0.*=int4-asym-g64")
+    done = quantize("--scheme", "int4-g128", *rules, "--rounding", "hqq", "--out", str(out))
+    assert done.code == 0, done.err
+    schemes = schemes_in(out)
+    assert schemes["model.layers.0.mlp.down_proj"] == "int8"
+    assert schemes["model.layers.0.mlp.up_proj"] == "int4-asym-g64"
+    assert schemes["model.layers.1.mlp.up_proj"] == "int4-g128"
+
+
+def test_an_empty_folder_may_be_given(quantize: Quantize, tmp_path: Path) -> None:
+    assert quantize("--scheme", "int8", "--out", str(tmp_path)).code == 0
+    assert (tmp_path / "config.json").is_file()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=str)
+def test_what_ends_writing_leaves_no_folder(
+    quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def half(model: Any, folder: Path, *, source: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+        assert folder.parent == tmp_path, "beside it, so that renaming is all that is left"
+        raise error
+
+    monkeypatch.setattr(quantize_steps, "save_quantized", half)
+    done = quantize("--scheme", "int8", "--out", str(tmp_path / "out"))
+    assert done.code == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert list(tmp_path.iterdir()) == []
+    if isinstance(error, OSError):
+        assert done.err == f"megpt: {tmp_path / 'out'} cannot be written: No space left on device.\n"
+
+
+# ---- plans
+
+
+def test_a_plan_is_a_table_and_writes_nothing(
+    quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = quantize("--bits-per-weight", "5", "--plan", *QUICK)
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    head = ("group", "scheme", "bits", "bytes", "t^2", "sensitivity", "predicted", "KL")
+    assert tuple(lines[0].split()) == head
+    (row,) = [line.split() for line in lines if "layers.0.mlp.gate_proj+up_proj" in line]
+    assert len(row) == 7
+    assert row[1] in ("int4-g128", "int4", "int8")
+    assert "bits per weight" in done.out and "nats per token" in done.out
+    assert list(tmp_path.iterdir()) == []
+    assert len({len(line) for line in lines[1:10]}) == 1, "columns are aligned"
+
+
+def test_a_plan_as_json_adds_up(quantize: Quantize) -> None:
+    report = json.loads(quantize("--bits-per-weight", "5", "--plan", "--json", *QUICK).out)
+    groups = report["groups"]
+    assert report["predicted_kl"] == pytest.approx(sum(group["predicted_kl"] for group in groups))
+    assert sorted(report["schemes"]) == sorted(name for group in groups for name in group["layers"])
+    assert report["out"] is report["bytes_after"] is report["measured_kl"] is None
+    assert all(g["predicted_kl"] == pytest.approx(g["sensitivity"] * g["error"]) for g in groups)
+
+
+def test_a_plan_of_one_scheme_tells_what_it_costs(quantize: Quantize) -> None:
+    report = json.loads(quantize("--scheme", "int4", "--plan", "--json", *QUICK).out)
+    assert {group["scheme"] for group in report["groups"]} == {"int4", "int8"}
+    assert report["predicted_kl"] > 0
+
+
+def test_more_bits_are_predicted_to_cost_less(quantize: Quantize) -> None:
+    kl = [
+        json.loads(quantize("--bits-per-weight", bits, "--plan", "--json", *QUICK).out)["predicted_kl"]
+        for bits in ("4.3", "5", "7")
+    ]
+    assert kl[0] > kl[1] > kl[2]
+
+
+def test_untied_and_exact_plans(quantize: Quantize) -> None:
+    words = ("--bits-per-weight", "5", "--plan", "--json", "--exact", "--untied", *QUICK)
+    report = json.loads(quantize(*words).out)
+    assert all(len(group["layers"]) == 1 for group in report["groups"])
+
+
+def test_progress_is_shown_on_a_terminal(
+    quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    done = quantize("--bits-per-weight", "5", "--out", str(tmp_path / "out"), *QUICK)
+    for phase in ("loading", "calibrating", "measuring", "quantizing", "writing"):
+        assert phase in done.err
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_table_fits_its_terminal(quantize: Quantize, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    printed = quantize("--bits-per-weight", "5", "--plan", *QUICK).out
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", printed).splitlines()
+    assert max(map(len, lines)) <= width
+    row = next(line for line in lines if "gate_proj+up_proj" in line)
+    assert ("model.layers.0.mlp" in row) == (width == 140), "whole names where there is room, else two lines"
+
+
+# ---- wrong use
+
+
+@pytest.mark.usefixtures("unloadable")
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "give either --scheme"),
+        (("--scheme", "int4", "--bits-per-weight", "5"), "not both"),
+        (("--scheme", "int3"), "scheme 'int3' is unknown"),
+        (("--bits-per-weight", "5", "--mix", "int4,int9"), "scheme 'int9' is unknown"),
+        (("--scheme", "int4", "--mix", "int4,int8"), "--mix says what --bits-per-weight may"),
+        (("--scheme", "int4", "--exact"), "--exact is about measuring"),
+        (("--scheme", "int4", "--untied"), "--untied is about mixes"),
+        (("--scheme", "int4", "--rule", "down_proj"), "must be PATTERN=SCHEME"),
+        (("--scheme", "int4", "--rule", "*.dwn=int8"), "'*.dwn' matches no layer"),
+        (("--scheme", "int4", "--rounding", "best"), "rounding 'best' is unknown"),
+        (("--scheme", "int4", "--rounding", "hqq"), "hqq finds zero points"),
+        (
+            ("--bits-per-weight", "5", "--mix", "int4,bnb-nf4"),
+            "bnb-nf4 is for linear layers that bitsandbytes",
+        ),
+        (("--bits-per-weight", "5", "--rounding", "hqq"), "hqq finds zero points"),
+        (("--bits-per-weight", "3"), "takes from 4.128 to 8.117"),
+        (("--bits-per-weight", "9"), "takes from 4.128 to 8.117"),
+        (("--bits-per-weight", "nan"), "takes from 4.128 to 8.117"),
+        (("--bits-per-weight", "4.2", "--rule", "*.down_proj=int8"), "int8 and the rules this model takes"),
+        (("--bits-per-weight", "5", "--mix", "int8"), "--bits-per-weight is 5; with int8 this"),
+        (("--scheme", "int4", "--calibrate-tokens", "5"), "--calibrate-tokens is 5; at least 64"),
+        (("--scheme", "int4", "--calibration", "no-such-file"), "--calibration no-such-file cannot be read"),
+    ],
+)
+def test_wrong_use_is_told_before_anything_is_loaded(
+    quantize: Quantize, tmp_path: Path, words: tuple[str, ...], told: str
+) -> None:
+    done = quantize(*words, "--out", str(tmp_path / "out"))
+    assert done.code == 2
+    assert told in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("unloadable")
+def test_every_problem_is_told_at_once(quantize: Quantize, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("text")
+    done = quantize("--scheme", "int3", "--rule", "x", "--calibration", "none", "--out", str(tmp_path))
+    assert done.code == 2
+    assert len(done.err.splitlines()) == 5
+    for part in ("is not empty", "int3", "PATTERN=SCHEME", "--calibration none"):
+        assert part in done.err
+
+
+@pytest.mark.usefixtures("unloadable")
+def test_folders_that_cannot_be_written_are_refused(quantize: Quantize, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "is a file" in quantize("--scheme", "int4", "--out", str(file)).err
+    assert f"{file} is not a folder" in quantize("--scheme", "int4", "--out", str(file / "x")).err
+    assert "--out DIR is needed" in quantize("--scheme", "int4").err
+
+
+@pytest.mark.usefixtures("unloadable")
+def test_texts_that_are_of_no_use_are_refused(quantize: Quantize, tmp_path: Path) -> None:
+    binary, short = tmp_path / "binary", tmp_path / "short"
+    binary.write_bytes(b"text \xff\xfe")
+    short.write_text("Too short.")
+    words = ("--bits-per-weight", "5", "--out", str(tmp_path / "out"))
+    done = quantize(*words, "--calibration", str(binary))
+    assert done.code == 2
+    assert "is not text in UTF-8 (byte 0xff at 5)" in done.err
+    done = quantize(*words, "--calibration", str(short))
+    assert done.code == 2
+    assert "tokens; at least 64 are needed" in done.err
+    assert "not both" in quantize(*words, "--calibration", str(short), *QUICK).err
+
+
+def test_a_quantized_model_is_not_quantized_again(quantize: Quantize, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    assert quantize("--scheme", "int8", "--out", str(first)).code == 0
+    done = quantize("--scheme", "int4", "--out", str(tmp_path / "second"), model=str(first))
+    assert done.code == 2
+    assert f"{first} is quantized already" in done.err
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_model_that_is_not_there_is_told(quantize: Quantize, tmp_path: Path) -> None:
+    done = quantize("--scheme", "int4", "--out", str(tmp_path / "out"), model="no-such-model")
+    assert done.code == 1
+    assert "no-such-model" in done.err
