@@ -169,7 +169,7 @@ def test_a_plan_is_a_table_and_writes_nothing(
     quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = quantize("--bits-per-weight", "5", "--plan", *QUICK)
+    done = quantize("--bits-per-weight", "5", "--tied", "--plan", *QUICK)
     assert done.code == 0, done.err
     lines = done.out.splitlines()
     head = ("group", "scheme", "bits", "bytes", "t^2", "sensitivity", "predicted", "KL")
@@ -205,10 +205,11 @@ def test_more_bits_are_predicted_to_cost_less(quantize: Quantize) -> None:
     assert kl[0] > kl[1] > kl[2]
 
 
-def test_untied_and_exact_plans(quantize: Quantize) -> None:
-    words = ("--bits-per-weight", "5", "--plan", "--json", "--exact", "--untied", *QUICK)
-    report = json.loads(quantize(*words).out)
-    assert all(len(group["layers"]) == 1 for group in report["groups"])
+def test_layers_that_fused_kernels_want_alike_are_tied_on_demand(quantize: Quantize) -> None:
+    words = ("--bits-per-weight", "5", "--plan", "--json", "--exact", *QUICK)
+    apart, tied = (json.loads(quantize(*words, *more).out)["groups"] for more in ((), ("--tied",)))
+    assert all(len(group["layers"]) == 1 for group in apart)
+    assert {len(group["layers"]) for group in tied} == {1, 2, 3}
 
 
 def test_progress_is_shown_on_a_terminal(
@@ -225,7 +226,7 @@ def test_a_table_fits_its_terminal(quantize: Quantize, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "xterm")
-    printed = quantize("--bits-per-weight", "5", "--plan", *QUICK).out
+    printed = quantize("--bits-per-weight", "5", "--tied", "--plan", *QUICK).out
     lines = re.sub(r"\x1b\[[0-9;]*m", "", printed).splitlines()
     assert max(map(len, lines)) <= width
     row = next(line for line in lines if "gate_proj+up_proj" in line)
@@ -245,7 +246,7 @@ def test_a_table_fits_its_terminal(quantize: Quantize, monkeypatch: pytest.Monke
         (("--bits-per-weight", "5", "--mix", "int4,int9"), "scheme 'int9' is unknown"),
         (("--scheme", "int4", "--mix", "int4,int8"), "--mix says what --bits-per-weight may"),
         (("--scheme", "int4", "--exact"), "--exact is about measuring"),
-        (("--scheme", "int4", "--untied"), "--untied is about mixes"),
+        (("--scheme", "int4", "--tied"), "--tied is about mixes"),
         (("--scheme", "int4", "--rule", "down_proj"), "must be PATTERN=SCHEME"),
         (("--scheme", "int4", "--rule", "*.dwn=int8"), "'*.dwn' matches no layer"),
         (("--scheme", "int4", "--rounding", "best"), "rounding 'best' is unknown"),

@@ -78,8 +78,8 @@ def _add_scheme_options(parser: argparse.ArgumentParser) -> None:
         help="search (scales with the least error, default), nearest, or hqq (for zero points)",
     )  # fmt: skip
     group.add_argument(
-        "--untied", action="store_true",
-        help="queries, keys and values may differ, gate and up too: a better mix that no kernel fuses",
+        "--tied", action="store_true",
+        help="one scheme for queries, keys and values together, gate and up too, as fused kernels want them",
     )  # fmt: skip
     group.add_argument(
         "--exact", action="store_true", help="measure every scheme of every group, not only the coarsest"

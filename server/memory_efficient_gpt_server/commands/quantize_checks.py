@@ -89,8 +89,8 @@ def _contradictions(args: argparse.Namespace) -> Iterator[str]:
         )
     if args.mix is not None and args.bits_per_weight is None:
         yield "--mix says what --bits-per-weight may choose from; give that too, or --rule with --scheme."
-    if args.untied and args.bits_per_weight is None:
-        yield "--untied is about mixes: with --scheme all layers have one scheme anyway."
+    if args.tied and args.bits_per_weight is None:
+        yield "--tied is about mixes: with --scheme all layers have one scheme anyway."
     if args.exact and args.bits_per_weight is None and not args.plan:
         yield "--exact is about measuring, and --scheme measures nothing without --plan."
     if args.calibration is not None and args.calibrate_tokens is not None:
@@ -166,7 +166,7 @@ def _with_model(
     _check_plan(config, schemes, args.bits_per_weight, rules)
     return Job(
         model=args.model, folder=folder, weight_files=tuple(files), config=config, bits=args.bits_per_weight,
-        schemes=schemes, rules=rules, rounding=args.rounding, exact=args.exact, tied=not args.untied,
+        schemes=schemes, rules=rules, rounding=args.rounding, exact=args.exact, tied=args.tied,
         text=_pieces(folder, config, text) if text is not None else None,
         text_name=_text_name(args), generated_tokens=args.calibrate_tokens, seed=args.seed, device=device,
         out=None if args.plan else _absolute(args.out),
