@@ -15,7 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("memory-efficient-gpt", "torch", "transformers", "llama-cpp-python", "numpy", "uvicorn")
+PACKAGES = (
+    "memory-efficient-gpt", "torch", "triton", "transformers", "bitsandbytes", "llama-cpp-python", "numpy",
+    "uvicorn",
+)  # fmt: skip
 
 
 def machine_facts(threads: int) -> dict[str, object]:
@@ -28,6 +31,16 @@ def machine_facts(threads: int) -> dict[str, object]:
         "read_bytes_per_s": read_bandwidth(threads),
         "load_average": os.getloadavg(),
     }
+
+
+def accelerator_facts(device: str) -> dict[str, object]:
+    """The GPU that torch calls `device`; nothing for a CPU."""
+    if device == "cpu":
+        return {}
+    import torch  # not for the callers that measure a server in a process of its own
+
+    properties = torch.cuda.get_device_properties(device)
+    return {"gpu": properties.name, "gpu_memory": properties.total_memory, "cuda": torch.version.cuda}
 
 
 def versions() -> dict[str, str]:

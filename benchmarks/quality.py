@@ -1,230 +1,151 @@
 """What quantization costs in quality: perplexity and next-token accuracy of every scheme on held-out books.
 
 Purpose: one table and one JSON file for a model and a split; bitsandbytes' formats in the same table.
-Does not know: speed.
-Invariant: every row scores the same tokens with the same windows; ours compute as the engine does on a CPU
-(native kernels, 8-bit activations), so their figures are what users get; bits count scales and offsets.
+Does not know: speed, how a row is made (see quality_rows.py).
+Invariant: the record is on disk after every row; a row that fails is left out with its reason, the others
+are measured.
 
     python -m benchmarks.quality --corpus CORPUS                      validation split, for choices
     python -m benchmarks.quality --corpus CORPUS --split test         final figures
+    python -m benchmarks.quality --corpus CORPUS --device cuda --model FOLDER
+
+On a CPU rows compute as the engine does there: native kernels, 8-bit activations, so their figures are what
+users get. With --device cuda they compute in float32 on the dequantized weights, activations not rounded.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.machine import ROOT, commit, machine_facts, usable_cpus, versions
-from memory_efficient_gpt.loading import load_config, load_model, resolve_model
+from benchmarks.machine import ROOT, accelerator_facts, commit, machine_facts, usable_cpus, versions
+from benchmarks.quality_rows import Books, Quality, Row
+from memory_efficient_gpt.loading import resolve_model
 from memory_efficient_gpt.native.build import Unavailable
 from memory_efficient_gpt.native.ops import Kernels, load_kernels
-from memory_efficient_gpt.quantization.budget import DEFAULT_OPTIONS, choose_schemes
-from memory_efficient_gpt.quantization.calibration import second_moments, self_generated
-from memory_efficient_gpt.quantization.groups import group_layers
-from memory_efficient_gpt.quantization.layers import Layer, find_layers
-from memory_efficient_gpt.quantization.model import give_kernels, quantize_model, weight_bytes
-from memory_efficient_gpt.quantization.plans import bits_per_weight, uniform_plan
-from memory_efficient_gpt.quantization.rounding import Rounding
-from memory_efficient_gpt.quantization.scheme import UNQUANTIZED, Scheme, parse_scheme
-from memory_efficient_gpt.quantization.sensitivity import Quantizer, Reference, measure
+from memory_efficient_gpt.quantization.calibration import SEQUENCE_LENGTH, self_generated, spread
 from training.corpus import num_bytes, read_books
 from training.data import END_OF_TEXT_ID, encode_stream
-from training.evaluate import logits_function
-from training.scoring import Score, score_books, split_stream
+from training.scoring import split_stream
 from training.tokenizer import load_tokenizer
 
-UNIFORM: Sequence[tuple[str, Rounding]] = (
-    ("int8", "search"), ("int8-g64", "search"), ("int4", "nearest"), ("int4", "search"),
-    ("int4-g64", "search"),
-    ("int4-g128", "nearest"), ("int4-g128", "search"), ("int4-asym-g64", "nearest"),
-    ("int4-asym-g64", "search"), ("int4-asym-g64", "hqq"), ("fp8", "nearest"),
-)  # fmt: skip
-BITSANDBYTES = ("nf4", "nf4, double quantization", "fp4", "int8")
+logger = logging.getLogger(__name__)
+CHARS_FOR_A_PIECE = 16 * SEQUENCE_LENGTH  # of a book: far more than its tokens can take
+
+Save = Callable[[dict[str, Any]], object]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One way to store the model. bits: of all quantizable weights; bytes: of the whole model."""
+def measure_rows(
+    quality: Quality, budgets: Sequence[float], record: dict[str, Any], save: Save, until: float = math.inf
+) -> list[Row]:
+    """Measure every row until `until` (of time.monotonic()) is over; `save` gets the record after each.
 
-    name: str
-    bits: float
-    bytes: int
-    perplexity: float
-    accuracy: float
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Books:
-    """A split as tokens."""
-
-    parts: list[torch.Tensor]
-    num_bytes: int
-
-    def score(self, model: Any) -> Score:
-        """Windows as long as the model's positions, none overlapping."""
-        window = int(model.config.max_position_embeddings)
-        with torch.inference_mode():
-            return score_books(logits_function(model), self.parts, self.num_bytes, window, window, rows=2)
-
-
-class Quality:
-    """The rows of one model's table."""
-
-    def __init__(self, folder: Path, books: Books, kernels: Kernels | None) -> None:
-        self.folder, self.books, self.kernels = folder, books, kernels
-
-    def load(self) -> Any:
-        """The model with float32 arithmetic on its own weights."""
-        config = load_config(self.folder)
-        return load_model(self.folder, config, dtype=torch.float32, device=torch.device("cpu"))
-
-    def row(self, name: str, change: Callable[[Any, list[Layer]], tuple[float, int]]) -> Row:
-        """Load, let `change` quantize and give (bits, bytes), score."""
-        started = time.monotonic()
-        model = self.load()
-        bits, size = change(model, find_layers(model))
-        score = self.books.score(model)
-        return Row(name, bits, size, score.perplexity, score.accuracy, time.monotonic() - started)
-
-    def unquantized(self) -> Row:
-        """The model as it is."""
-        return self.row("bf16", lambda model, _: (16.0, weight_bytes(model) // 2))
-
-    def uniform(self, scheme: str, rounding: Rounding) -> Row:
-        """One scheme for all layers, 8 bits for embedding and head."""
-
-        def change(model: Any, layers: list[Layer]) -> tuple[float, int]:
-            plan = uniform_plan(layers, parse_scheme(scheme))
-            quantize_model(model, plan, rounding=rounding, kernels=self.kernels)
-            return bits_per_weight(layers, plan), self._finish(model)
-
-        return self.row(f"{scheme}, {rounding}", change)
-
-    def planned(self, name: str, plan: dict[str, Scheme], importances: dict[str, torch.Tensor]) -> Row:
-        """A plan of mixed precision."""
-
-        def change(model: Any, layers: list[Layer]) -> tuple[float, int]:
-            quantize_model(model, plan, importances=importances, kernels=self.kernels)
-            return bits_per_weight(layers, plan), self._finish(model)
-
-        return self.row(name, change)
-
-    def bitsandbytes(self, kind: str) -> Row:
-        """Linear layers in bitsandbytes' format, computed on dequantized weights; both ends in our int8."""
-
-        def change(model: Any, layers: list[Layer]) -> tuple[float, int]:
-            linear = [layer for layer in layers if layer.role == "linear"]
-            bits = {"nf4": 4.5, "fp4": 4.5, "nf4, double quantization": 4 + 8 / 64 + 32 / (64 * 256)}
-            for layer in linear:
-                layer.weight().copy_(_through_bitsandbytes(layer.weight(), kind))
-            plan = uniform_plan(layers, UNQUANTIZED) | {
-                layer.name: parse_scheme("int8") for layer in layers if layer.role != "linear"
-            }
-            quantize_model(model, plan, kernels=self.kernels)
-            total = saved = 0.0
-            for layer in layers:
-                n, k = layer.shape
-                each = bits.get(kind, 8 + 32 / k) if layer.role == "linear" else 8 + 16 / k
-                total += n * k
-                saved += n * k * each
-            kept = sum(p.numel() for p in model.parameters()) - sum(
-                layer.shape[0] * layer.shape[1] for layer in linear
-            )
-            return saved / total, int(saved / 8) + 2 * kept
-
-        return self.row(f"bitsandbytes {kind}", change)
-
-    def _finish(self, model: Any) -> int:
-        """Bytes as stored, what stays float being bf16; then compute as the engine does."""
-        kept = sum(p.numel() * p.element_size() for p in model.parameters())
-        size: int = weight_bytes(model) - kept // 2
-        if self.kernels is not None:
-            give_kernels(model, self.kernels)
-        return size
+    Raises whatever the first row does: the others are compared with it.
+    """
+    torch.set_float32_matmul_precision("highest")  # training allows TF32
+    measured, left_out = list[Row](), dict[str, str]()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        for name, measure in bar.track(quality.rows(budgets).items(), description="quality"):
+            bar.update(bar.task_ids[0], description=name)
+            if time.monotonic() > until:
+                left_out[name] = "no time was left"
+                continue
+            try:
+                measured.append(measure())
+                logger.info("%s: perplexity %.3f", name, measured[-1].perplexity)
+            except ImportError as error:
+                left_out[name] = str(error)
+            except Exception as error:  # the boundary of one row: deliver the others
+                if not measured:
+                    raise
+                logger.exception("%s failed", name)
+                left_out[name] = f"{type(error).__name__}: {error}"
+            save(record | {"rows": [asdict(row) for row in measured], "left_out": left_out})
+    save(record | {"rows": [asdict(row) for row in measured], "left_out": left_out})
+    for name, reason in left_out.items():
+        logger.warning("%s is left out: %s", name, reason)
+    return measured
 
 
-def _through_bitsandbytes(weight: torch.Tensor, kind: str) -> torch.Tensor:
-    """weight `[N, K]` float32, quantized and back."""
-    from bitsandbytes import functional
-
-    if kind == "int8":
-        codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
-        eight_bit: torch.Tensor = codes.float() * scales.float().unsqueeze(1) / 127.0
-        return eight_bit
-    double = "double" in kind
-    quantized, state = functional.quantize_4bit(
-        weight.contiguous(), blocksize=64, quant_type=kind.split(",")[0], compress_statistics=double
-    )
-    restored: torch.Tensor = functional.dequantize_4bit(quantized, state)
-    return restored.float()
+def held_out(corpus: Path, split: str, tokenizer: Path, tokens_per_book: int | None) -> Books:
+    """The books of a split, each with at most so many tokens (its separator counted)."""
+    books = read_books(corpus, split)
+    stream = torch.from_numpy(encode_stream(load_tokenizer(tokenizer), books).astype("int32"))
+    parts = [part[:tokens_per_book] for part in split_stream(stream, END_OF_TEXT_ID)]
+    return Books(parts, num_bytes(books))
 
 
-def rows(quality: Quality, budgets: Sequence[float], tokens: int) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """What to measure, by name."""
-    yield "bf16", quality.unquantized
-    for scheme, rounding in UNIFORM:
-        yield f"{scheme}, {rounding}", partial(quality.uniform, scheme, rounding)
-    if find_spec("bitsandbytes") is not None:
-        for kind in BITSANDBYTES:
-            yield f"bitsandbytes {kind}", partial(quality.bitsandbytes, kind)
-    if budgets:
-        plans, importances = mixed_plans(quality, budgets, tokens)
-        for budget, plan in plans.items():
-            name = f"mixed, {budget:g} bits"
-            yield name, partial(quality.planned, name, plan, importances)
+def middles(books: Sequence[str], tokenizer: Path, num_tokens: int) -> torch.Tensor:
+    """A piece from the middle of each book `[B, T]`, of books evenly spread over all: about `num_tokens`."""
+    chosen = spread(torch.arange(len(books)), -(-num_tokens // SEQUENCE_LENGTH)).tolist()
+    encoder, pieces = load_tokenizer(tokenizer), list[list[int]]()
+    for book in (books[index] for index in chosen):
+        text = book[len(book) // 2 :][:CHARS_FOR_A_PIECE]
+        pieces.append(encoder.encode(text, add_special_tokens=False).ids[:SEQUENCE_LENGTH])
+    length = min(map(len, pieces))
+    return torch.tensor([piece[:length] for piece in pieces])
 
 
-def mixed_plans(
-    quality: Quality, budgets: Sequence[float], tokens: int
-) -> tuple[dict[float, dict[str, Scheme]], dict[str, torch.Tensor]]:
-    """Plans by budget, measured on text that the model writes itself, and the importances it showed."""
-    model = quality.load()
-    text = self_generated(model, tokens, seed=0)
-    importances = second_moments(model, text)
-    quantizer = Quantizer("search", importances, quality.kernels)
-    groups = group_layers(find_layers(model), tied=False)
-    measured = measure(Reference(model, text), groups, DEFAULT_OPTIONS, quantizer)
-    return {budget: choose_schemes(measured, budget).schemes for budget in budgets}, importances
+def record_of(quality: Quality, *, model: str, split: str, calibration: str) -> dict[str, Any]:
+    """What the rows stand for."""
+    return {
+        "model": model, "split": split, "tokens": quality.books.num_tokens,
+        "device": quality.device.type, "arithmetic": quality.arithmetic, "calibration": calibration,
+        "machine": machine_facts(usable_cpus()) | accelerator_facts(quality.device.type),
+        "versions": versions(), "commit": commit(),
+    }  # fmt: skip
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Replace the file as a whole, so that it is never half a record."""
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(record, indent=1) + "\n")
+    draft.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table, write JSON."""
     options = parse(argv)
-    books = read_books(options.corpus, options.split)
+    logging.basicConfig(level=logging.WARNING)
     folder = resolve_model(options.model)
-    stream = torch.from_numpy(encode_stream(load_tokenizer(folder), books).astype("int32"))
+    books = held_out(options.corpus, options.split, folder, options.tokens_per_book)
+    text: Callable[[Any], torch.Tensor] = partial(
+        self_generated, num_tokens=options.calibration_tokens, seed=0
+    )
+    if options.calibration == "train":
+        pieces = middles(read_books(options.corpus, "train"), folder, options.calibration_tokens)
+        text = lambda _: pieces  # noqa: E731
+    device = torch.device(options.device)
+    quality = Quality(folder, books, text, _kernels(device), device)
+    calibration = f"about {options.calibration_tokens} tokens of {options.calibration} text"
+    record = record_of(quality, model=options.model, split=options.split, calibration=calibration)
+    measured = measure_rows(quality, options.budgets, record, partial(write_record, options.output))
+    print(markdown(measured))
+    return 0
+
+
+def _kernels(device: torch.device) -> Kernels | None:
+    """What the engine computes with on this device; None for torch."""
+    if device.type != "cpu":
+        return None
     kernels = load_kernels()
     if isinstance(kernels, Unavailable):
         sys.exit(f"native kernels are unavailable: {kernels.reason}")
-    parts = [part[: options.tokens_per_book] for part in split_stream(stream, END_OF_TEXT_ID)]
-    quality = Quality(folder, Books(parts, num_bytes(books)), kernels)
-    measured: list[Row] = []
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("measuring", total=None)
-        for name, measure in rows(quality, options.budgets, options.calibration_tokens):
-            bar.update(task, description=name, advance=1)
-            measured.append(measure())
-    print(markdown(measured))
-    record = {
-        "model": options.model, "split": options.split, "tokens": sum(len(p) - 1 for p in parts),
-        "machine": machine_facts(usable_cpus()), "versions": versions(), "commit": commit(),
-        "rows": [asdict(row) for row in measured],
-    }  # fmt: skip
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
-    return 0
+    return kernels
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -239,14 +160,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--split", choices=("valid", "test"), default="valid", help="test: final figures only"
     )
     parser.add_argument("--model", default="demo", help="a model with the bundled tokenizer (default: demo)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--tokens-per-book", type=int, metavar="N", help="score only so many of each book")
     parser.add_argument(
         "--budgets", type=float, nargs="*", default=[4.25, 4.5, 4.8, 5.0, 5.5, 6.0, 7.0], metavar="BITS",
         help="bits per weight of the mixed plans (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--calibration-tokens", type=int, default=4096, help="self-generated, for mixed plans"
-    )
+        "--calibration", choices=("self-generated", "train"), default="self-generated",
+        help="text for importances and mixed plans: the model's own, or from the train books",
+    )  # fmt: skip
+    parser.add_argument("--calibration-tokens", type=int, default=4096, help="of it (default: %(default)s)")
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks" / "results" / "quantization_quality.json"
     )

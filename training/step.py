@@ -28,6 +28,8 @@ class Step:
         stream: torch.Tensor,
         phase: Phase,
         teacher: tuple[TeacherChoices, float] | None,
+        *,
+        compiled: bool = True,
     ) -> None:
         self._model, self._optimizer, self._stream, self._teacher = model, optimizer, stream, teacher
         self._starts = torch.zeros(phase.rows, dtype=torch.long, device=stream.device)
@@ -36,7 +38,7 @@ class Step:
         self._runs = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         on_gpu = stream.device.type == "cuda"
-        self._loss = torch.compile(self._loss_of, dynamic=False) if on_gpu else self._loss_of
+        self._loss = torch.compile(self._loss_of, dynamic=False) if on_gpu and compiled else self._loss_of
         if on_gpu:
             self._capture()
 

@@ -83,10 +83,18 @@ def validate(model: nn.Module, streams: Streams, window: int, stride: int) -> Sc
 
 
 class _Clock:
-    """Progress of a schedule from 0 to 1, by steps or by wall-clock seconds."""
+    """Progress of a schedule from 0 to 1, by steps or by wall-clock seconds.
 
-    def __init__(self, recipe: RecipeSettings) -> None:
+    `until` is the time.monotonic() at which a schedule of seconds ends, instead of after `recipe.seconds`.
+    """
+
+    def __init__(self, recipe: RecipeSettings, until: float | None = None) -> None:
         self._recipe, self._start, self.step = recipe, time.monotonic(), 0
+        self._seconds = recipe.seconds or 1.0
+        if until is not None and recipe.seconds is not None:
+            self._seconds = until - self._start
+            if self._seconds <= 0:
+                raise ValueError(f"training had to end {-self._seconds:.0f} s before it could begin")
 
     @property
     def seconds(self) -> float:
@@ -96,24 +104,36 @@ class _Clock:
     def progress(self) -> float:
         if self._recipe.steps is not None:
             return self.step / self._recipe.steps
-        return self.seconds / (self._recipe.seconds or 1.0)
+        return self.seconds / self._seconds
 
 
-def train(run: RunSettings, streams: Streams, teacher: TeacherChoices | None = None) -> Trained:
-    """Train a new model; runs on the device of the streams."""
+def train(
+    run: RunSettings,
+    streams: Streams,
+    teacher: TeacherChoices | None = None,
+    *,
+    until: float | None = None,
+    compiled: bool = True,
+) -> Trained:
+    """Train a new model; runs on the device of the streams.
+
+    until: when (by time.monotonic()) a schedule of seconds ends, so that compiling counts too; None gives
+    the schedule all of its seconds. compiled: False spares a GPU the compilation, for slower steps.
+    Raises: ValueError if `until` is over before the first step.
+    """
     recipe, device = run.recipe, streams.train.device
     torch.set_float32_matmul_precision("high")
     model = make_model(run.model, recipe.seed).to(device).train()
     optimizer = Optimizer(model, recipe)
     stream = torch.cat([streams.train, streams.chat])
     mixed = (teacher, recipe.teacher_weight) if teacher is not None else None
-    steps = [Step(model, optimizer, stream, phase, mixed) for phase in recipe.phases]
+    steps = [Step(model, optimizer, stream, phase, mixed, compiled=compiled) for phase in recipe.phases]
     samplers = [
         WindowSampler(streams, phase.rows, round(phase.rows * recipe.chat_share), phase.length, recipe.seed)
         for phase in recipe.phases
     ]
     curve, tokens, index, next_eval = list[Point](), 0, 0, recipe.eval_every
-    clock = _Clock(recipe)
+    clock = _Clock(recipe, until)
     bar = tqdm(total=100, desc=run.name, unit="%", mininterval=5)
     while (progress := clock.progress) < 1:
         while index + 1 < len(steps) and progress >= recipe.phases[index].until:

@@ -50,6 +50,8 @@ from memory_efficient_gpt.quantization.model import (
 )
 from memory_efficient_gpt.quantization.plans import uniform_plan
 from memory_efficient_gpt.quantization.scheme import Scheme, parse_scheme
+from memory_efficient_gpt.quantization.triton_weights import give_triton_kernels
+from memory_efficient_gpt.quantization.triton_weights import summary as triton_summary
 from memory_efficient_gpt.runner import PackedRunner, Runner
 from memory_efficient_gpt.scheduler import SchedulerConfig
 from memory_efficient_gpt.tiers import TierDecision, decide_tier
@@ -167,6 +169,8 @@ def build(
         from memory_efficient_gpt.fusion.apply import fuse
 
         notes = (*notes, fuse(model).summary())
+    elif device.type == "cuda" and config.native_kernels:
+        notes = (*notes, triton_summary(give_triton_kernels(model)))
     dtype = _kv_dtype(config, model.dtype, device)
     backend, reason = choose_backend(device, model.dtype, dtype, native=config.native_kernels)
     notes = (*notes, reason, *decision.notes, *_batch_dependence(model, backend, device))
@@ -209,6 +213,8 @@ def _build_unpacked(
     notes = (*notes, *bitsandbytes.prepare(model))
     if quantized_modules(model) and (kernels := cpu_kernels(config, device)) is not None:
         give_kernels(model, kernels)
+    elif device.type == "cuda" and config.native_kernels:
+        notes = (*notes, triton_summary(give_triton_kernels(model)))
     max_len, notes = _context_length(config, model.config, decision, (*notes, *decision.notes))
     if config.prefix_cache or config.max_num_seqs > 1:
         notes = (*notes, "no prefix cache, one sequence at a time: transformers owns the cache")
@@ -278,10 +284,13 @@ def _batch_dependence(
 
 
 def _kv_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    if config.kv_cache_dtype == "float16" and device.type == "cpu":
+    if config.kv_cache_dtype in ("float16", "fp8") and device.type == "cpu":
         raise ConfigError(
-            ["kv_cache_dtype float16 is for CUDA; on a CPU use auto, bfloat16, float32 or int8."]
-        )
+            [f"kv_cache_dtype {config.kv_cache_dtype} is for CUDA; "
+             "on a CPU use auto, bfloat16, float32 or int8."]
+        )  # fmt: skip
+    if config.kv_cache_dtype == "fp8":
+        return torch.float8_e4m3fn
     return dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
 
 
@@ -346,4 +355,4 @@ def _common_window(layers: list[LayerKV]) -> int | None:
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return "fp8" if dtype is torch.float8_e4m3fn else str(dtype).removeprefix("torch.")

@@ -13,7 +13,7 @@ from typing import Final, Literal, get_args
 from memory_efficient_gpt.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
+KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 TierName = Literal["B", "C"]
 
 BLOCK_SIZE_CPU: Final = 16

@@ -23,7 +23,7 @@ def test_names_are_checked() -> None:
         EngineConfig(model="demo", **wrong)
     assert caught.value.problems == (
         "dtype must be auto, float32, bfloat16, float16, got 'float8'.",
-        "kv_cache_dtype must be auto, float32, bfloat16, float16, int8, got 'int4'.",
+        "kv_cache_dtype must be auto, float32, bfloat16, float16, int8, fp8, got 'int4'.",
         "tier must be B, C, None, got 'A'.",
     )
 

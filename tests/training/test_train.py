@@ -3,7 +3,9 @@
 import json
 import lzma
 import random
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +18,10 @@ from training.data import Streams, WindowSampler, encode_stream, load_streams, p
 from training.distill import mixed_loss, teacher_choices
 from training.evaluate import load_model
 from training.export import export_folder
-from training.optim import Optimizer
+from training.optim import Optimizer, schedule
 from training.plan import Plan, merge
 from training.settings import ModelSettings, RecipeSettings, RunSettings, parse_run, read_run
+from training.step import Step
 from training.tokenizer import save_tokenizer, train_tokenizer
 from training.train import train
 
@@ -66,6 +69,30 @@ def test_loss_falls_on_a_tiny_model(streams: Streams) -> None:
     assert result.curve[-1].step == 60
     assert result.valid.perplexity < 100 < 4096  # an untrained model is near 4096
     assert result.valid.bits_per_byte < 3.0
+
+
+def test_a_schedule_of_seconds_ends_on_time_at_a_rate_of_zero(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    now = iter(range(1000))
+    monkeypatch.setattr("training.train.time", SimpleNamespace(monotonic=lambda: float(next(now))))
+    monkeypatch.setattr(Step, "run", lambda self, starts, rate: rates.append(rate))
+    recipe = {"seconds": 1000, "phases": [{"length": 32, "rows": 8}], "eval_every": 2.0}
+    run = parse_run({"name": "timed", "model": SMALL, "recipe": recipe})
+    result = train(run, streams, until=200.0)
+    assert result.seconds == pytest.approx(200.0, abs=2)
+    assert max(rates) > 0.9
+    assert rates[-1] < 0.02
+    assert schedule(1.0, run.recipe) == 0.0
+
+
+def test_training_that_must_end_before_it_can_begin_is_refused(streams: Streams) -> None:
+    run = parse_run(
+        {"name": "late", "model": SMALL, "recipe": {"seconds": 5, "phases": [{"length": 32, "rows": 8}]}}
+    )
+    with pytest.raises(ValueError, match="before it could begin"):
+        train(run, streams, until=time.monotonic() - 1)
 
 
 def test_plan_trains_a_student_after_its_teacher(folder: Path, streams: Streams, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from memory_efficient_gpt.attention.torch_layout import Chunk, RowBatch, step_la
 
 MAX_SCORES: Final = 1 << 25
 """Attention scores held at once for a prompt's chunk: 128 MiB of float32."""
-_INT8_MAX: Final = 127.0
+_LARGEST: Final = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 class TorchBackend:
@@ -60,15 +60,18 @@ class TorchBackend:
 def _store(
     source: torch.Tensor, pages: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor
 ) -> None:
-    """source `[T, H, D]` into pages `[N, BS, H, D]`; with scales `[N, BS, H]`, as symmetric int8."""
+    """source `[T, H, D]` into pages `[N, BS, H, D]`; with scales `[N, BS, H]`, as symmetric int8 or fp8."""
     _, _, heads, size = pages.shape
     if scales is not None:
+        largest = _LARGEST[pages.dtype]
         numbers = source.float()
-        scale = numbers.abs().amax(dim=-1) / _INT8_MAX
+        scale = numbers.abs().amax(dim=-1) / largest
         safe = scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
-        source = (numbers / safe).round().clamp(-_INT8_MAX, _INT8_MAX)
+        source = (numbers / safe).clamp(-largest, largest)
+        if pages.dtype is torch.int8:
+            source = source.round()
         scales.view(-1, heads).index_copy_(0, slots, scale)
-    pages.view(-1, heads, size).index_copy_(0, slots, source.to(pages.dtype))
+    _movable(pages).view(-1, heads, size).index_copy_(0, slots, _movable(source.to(pages.dtype)))
 
 
 def _gather(
@@ -77,10 +80,16 @@ def _gather(
     """Slots `[B, L]` of pages `[N, BS, H, D]`, dequantized -> a copy `[B, H, L, D]` (strided)."""
     _, _, heads, size = pages.shape
     index = slots.reshape(-1)
-    numbers = pages.view(-1, heads, size).index_select(0, index)
+    numbers = _movable(pages).view(-1, heads, size).index_select(0, index)
     if scales is not None:
-        numbers = numbers * scales.view(-1, heads).index_select(0, index).unsqueeze(-1)
+        scale = scales.view(-1, heads).index_select(0, index).unsqueeze(-1)
+        numbers = numbers.view(pages.dtype).float() * scale
     return numbers.to(dtype).view(*slots.shape, heads, size).transpose(1, 2)
+
+
+def _movable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bits in a dtype that torch's indexing functions know."""
+    return tensor.view(torch.uint8) if tensor.dtype is torch.float8_e4m3fn else tensor
 
 
 def _attend_rows(

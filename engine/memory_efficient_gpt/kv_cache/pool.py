@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -21,14 +22,15 @@ from memory_efficient_gpt.kv_cache.geometry import LayerKV
 from memory_efficient_gpt.uploads import upload
 
 _SCALE_BYTES = 4
+QUANTIZED_DTYPES: Final = (torch.int8, torch.float8_e4m3fn)
 
 
 @dataclass(slots=True)
 class LayerCache:
     """One layer's part of the KV pool; attached to its attention module as `paged_kv`.
 
-    key `[N, BS, H, Dk]`, value `[N, BS, H, Dv]` (float32, bfloat16, float16 or int8);
-    scales `[N, BS, H] float32` with int8 only: x = scale * q, one scale per token and head.
+    key `[N, BS, H, Dk]`, value `[N, BS, H, Dv]` (float32, bfloat16, float16, int8 or float8_e4m3fn);
+    scales `[N, BS, H] float32` with the last two: x = scale * q, one scale per token and head.
     """
 
     spec: LayerKV
@@ -39,11 +41,11 @@ class LayerCache:
 
 
 def block_bytes(layers: Sequence[LayerKV], block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, int8's scales included."""
+    """Bytes of one block over all layers, quantized ones' scales included."""
     total = 0
     for layer in layers:
         total += layer.num_kv_heads * (layer.key_dim + layer.value_dim) * dtype.itemsize
-        if dtype == torch.int8:
+        if dtype in QUANTIZED_DTYPES:
             total += 2 * layer.num_kv_heads * _SCALE_BYTES
     return total * block_size
 
@@ -77,7 +79,8 @@ class KVPool:
         for cache in self.caches:
             for tensor in (cache.key, cache.value, cache.key_scale, cache.value_scale):
                 if tensor is not None:
-                    tensor[target] = tensor[source]
+                    bits = tensor.view(torch.uint8) if tensor.dtype is torch.float8_e4m3fn else tensor
+                    bits[target] = bits[source]
 
 
 def _layer_cache(
@@ -86,7 +89,7 @@ def _layer_cache(
     shape = (num_blocks, block_size, layer.num_kv_heads)
 
     def scales() -> torch.Tensor | None:
-        return _zeros(shape, torch.float32, device) if dtype == torch.int8 else None
+        return _zeros(shape, torch.float32, device) if dtype in QUANTIZED_DTYPES else None
 
     return LayerCache(
         spec=layer,

@@ -13,12 +13,13 @@ Letters: E experts, N and K the two dimensions of one expert's weight, K being w
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
 
 from memory_efficient_gpt.native.ops import Kernels
-from memory_efficient_gpt.native.packed_weight import BLOCK, dequantize_rows
+from memory_efficient_gpt.native.packed_weight import BLOCK, PackedWeight, dequantize_rows
 from memory_efficient_gpt.quantization.modules import QuantizedModule
 from memory_efficient_gpt.quantization.storage import QuantizedWeight
 
@@ -48,7 +49,8 @@ class QuantizedStack(QuantizedModule):
         size = self.num_outputs // self.num_experts
         first = int(expert) * size
         if self.packed_weight is not None:
-            return dequantize_rows(self.packed_weight, torch.arange(first, first + size), self.compute_dtype)
+            packed = cast(PackedWeight, self.packed_weight)
+            return dequantize_rows(packed, torch.arange(first, first + size), self.compute_dtype)
         weight = self.quantized_weight
         rows = torch.arange(first, first + size, device=weight.codes.device)
         return weight.select(rows).dequantize(self.compute_dtype)
@@ -60,7 +62,7 @@ class QuantizedStack(QuantizedModule):
 
     def multiply(self, kernels: Kernels, x: torch.Tensor, expert: int) -> torch.Tensor:
         """x `[T, K]` times an expert's weight transposed: `[T, N]`."""
-        packed = self.packed_weight
+        packed = cast("PackedWeight | None", self.packed_weight)
         if packed is None:
             return kernels.linear(x, self[expert])
         blocks = self.shape[1] // BLOCK

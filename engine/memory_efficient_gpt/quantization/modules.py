@@ -23,8 +23,10 @@ from memory_efficient_gpt.native.layers import DTYPES
 from memory_efficient_gpt.native.ops import Kernels
 from memory_efficient_gpt.native.packed_weight import PackedWeight, dequantize_rows, unpack
 from memory_efficient_gpt.native.quantize import pack_stored
+from memory_efficient_gpt.quantization.fp8 import fp8_linear
 from memory_efficient_gpt.quantization.scheme import Scheme
 from memory_efficient_gpt.quantization.storage import QuantizedWeight, pack_nibbles
+from memory_efficient_gpt.triton_kernels.packing import TritonWeight
 
 TENSOR_NAMES: Final = ("codes", "scales", "offsets", "unit")
 PREFIX: Final = "weight_"
@@ -34,14 +36,15 @@ PREFIX: Final = "weight_"
 class QuantizedModule(nn.Module):
     """Mixed into a module's own class; see `hold`. `compute_dtype` is what the weight was before.
 
-    The weight is in buffers, or, once `use_kernels` was called, packed for the native kernels.
+    The weight is in buffers, or packed: for the native kernels once `use_kernels` was called, for the Triton
+    ones once `use_triton` was.
     """
 
     scheme: Scheme
     num_inputs: int
     compute_dtype: torch.dtype
     native_kernels: Kernels | None
-    packed_weight: PackedWeight | None
+    packed_weight: PackedWeight | TritonWeight | None
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
@@ -82,11 +85,16 @@ class QuantizedModule(nn.Module):
         packed = self.packed_weight
         if packed is None:
             return self.quantized_weight.dequantize(dtype)
-        return dequantize_rows(packed, torch.arange(packed.num_outputs), dtype)
+        return _dequantize(packed, None, dtype)
 
     def use_kernels(self, kernels: Kernels, packed: PackedWeight) -> None:
         """Compute with `packed`, this weight as `pack_weight` gives it, instead of with the buffers."""
         self.packed_weight, self.native_kernels = packed, kernels
+        self.set_weight(None)
+
+    def use_triton(self, packed: TritonWeight) -> None:
+        """Likewise, with the Triton kernels."""
+        self.packed_weight, self.native_kernels = packed, None
         self.set_weight(None)
 
     def drop_kernels(self) -> None:
@@ -99,7 +107,7 @@ class QuantizedModule(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Move the weight with the module; the dtypes of its tensors are part of its meaning and stay."""
         packed = self.packed_weight
-        device = torch.device("cpu") if packed is not None else self.quantized_weight.codes.device
+        device = packed.codes.device if packed is not None else self.quantized_weight.codes.device
         moved = fn(torch.empty(0, dtype=self.compute_dtype, device=device))
         if moved.device != device:
             self.drop_kernels()
@@ -160,7 +168,7 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
 
     def _look_up(self, rows: torch.Tensor) -> torch.Tensor:
         if self.packed_weight is not None:
-            return dequantize_rows(self.packed_weight, rows, self.compute_dtype)
+            return _dequantize(self.packed_weight, rows, self.compute_dtype)
         return self.quantized_weight.select(rows).dequantize(self.compute_dtype)
 
     @property
@@ -173,10 +181,36 @@ def multiply(module: QuantizedModule, x: torch.Tensor) -> torch.Tensor:
     """x `[..., K]` times the module's weight transposed, plus its bias."""
     bias = cast("torch.Tensor | None", module.bias)
     packed, kernels = module.packed_weight, module.native_kernels
+    if module.scheme.dynamic:
+        return fp8_linear(module.arrange(x), module.quantized_weight, bias)
+    if isinstance(packed, TritonWeight):
+        return _multiply_by_triton(module, x, packed, bias)
     plain = not torch.is_grad_enabled() and (bias is None or bias.dtype is x.dtype)
     if packed is not None and kernels is not None and plain and x.is_cpu and x.dtype in DTYPES:
         return kernels.quantized_linear(module.arrange(x), packed, bias)
     return functional.linear(x, module.dequantize(x.dtype), bias)
+
+
+def _multiply_by_triton(
+    module: QuantizedModule, x: torch.Tensor, packed: TritonWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The kernels record no gradient; where one is wanted, and off the weight's device, torch multiplies."""
+    if torch.is_grad_enabled() or x.device != packed.codes.device:
+        return functional.linear(x, module.dequantize(x.dtype), bias)
+    from memory_efficient_gpt.triton_kernels.linear import quantized_linear
+
+    return quantized_linear(module.arrange(x), packed, bias)
+
+
+def _dequantize(
+    packed: PackedWeight | TritonWeight, rows: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The weight `[N, K]`, or its outputs `rows` `[T] int64`: `[T, K]`."""
+    if isinstance(packed, TritonWeight):
+        from memory_efficient_gpt.triton_kernels.linear import dequantize
+
+        return dequantize(packed, dtype, rows)
+    return dequantize_rows(packed, torch.arange(packed.num_outputs) if rows is None else rows, dtype)
 
 
 def hold(module: nn.Module, kind: type[QuantizedModule], weight: QuantizedWeight) -> QuantizedModule:
@@ -211,7 +245,11 @@ def _subclass(kind: type[QuantizedModule], own: type[nn.Module]) -> type[nn.Modu
     return type(f"Quantized{own.__name__}", bases, {"__module__": own.__module__})
 
 
-def _stored_layout(scheme: Scheme, packed: PackedWeight) -> QuantizedWeight:
+def _stored_layout(scheme: Scheme, packed: PackedWeight | TritonWeight) -> QuantizedWeight:
+    if isinstance(packed, TritonWeight):
+        from memory_efficient_gpt.quantization.triton_weights import stored_layout
+
+        return stored_layout(scheme, packed)
     codes, scales, offsets = unpack(packed)
     if scheme.granularity == "tensor":
         scales, offsets = scales[:1], offsets[:1] if offsets is not None else None

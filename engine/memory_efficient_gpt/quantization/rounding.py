@@ -30,6 +30,7 @@ from memory_efficient_gpt.native.ops import Kernels
 from memory_efficient_gpt.native.quantize import choose_codes, search_scales
 from memory_efficient_gpt.quantization.scheme import Scheme
 from memory_efficient_gpt.quantization.storage import QuantizedWeight, choose_unit, pack_nibbles
+from memory_efficient_gpt.triton_kernels.availability import triton_obstacle
 
 Rounding = Literal["nearest", "search", "hqq"]
 
@@ -87,7 +88,10 @@ def quantize_weight(
     if scheme.kind == "fp8":
         return _to_fp8(weight, scheme)
     groups = _split(weight, scheme, importance)
-    scales, offsets = _fit(groups, scheme, rounding)
+    if rounding == "search" and scheme.granularity != "tensor" and triton_obstacle(weight.device) is None:
+        scales, offsets = _search_by_kernel(weight, scheme, importance)
+    else:
+        scales, offsets = _fit(groups, scheme, rounding)
     return _store(weight, groups, scheme, scales, offsets)
 
 
@@ -165,6 +169,24 @@ def _search_symmetric(groups: _Groups, scheme: Scheme) -> torch.Tensor:
         best = torch.where(better, error, best)
         scales = torch.where(better, scale, scales)
     return scales
+
+
+def _search_by_kernel(
+    weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As the searches above, on a CUDA device in one pass."""
+    from memory_efficient_gpt.triton_kernels.search import can_search, search_scales
+
+    if not can_search(scheme.group_size, weight.shape[1]):
+        return _fit(_split(weight, scheme, importance), scheme, "search")
+    scales, offsets = search_scales(
+        weight,
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        symmetric=scheme.symmetric,
+        importance=importance,
+    )
+    return scales.unsqueeze(-1), offsets.unsqueeze(-1) if offsets is not None else None
 
 
 def _signed_codes(weight: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:

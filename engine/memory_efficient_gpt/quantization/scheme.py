@@ -10,6 +10,7 @@ Invariant: `parse_scheme(str(scheme)) == scheme`; a name that can be misread is 
     int8                8 bits, symmetric, one scale an output         8 + 16 / inputs
     int8-g64, int8-asym, int8-tensor ...
     fp8                 float8 e4m3, one scale an output
+    fp8-dynamic         the same; products round their inputs to e4m3, too, one scale a token
     bf16                not quantized
     bnb-nf4, bnb-fp4    bitsandbytes: 4 bits, a float32 scale for 64 weights  4.5
     bnb-nf4-dq ...      the scales quantized too                       4.127
@@ -50,7 +51,8 @@ class Scheme:
     """One way to store a weight `[N, K]`.
 
     kind: "int" (codes, scales, perhaps offsets), "fp8" (e4m3 values, one scale an output), "none", or what
-    bitsandbytes stores and computes with. nested: its scales are quantized too.
+    bitsandbytes stores and computes with. nested: its scales are quantized too. dynamic: products round
+    their inputs to the same format, by what each token needs.
     group_size: inputs that share a scale; None unless granularity is "group".
     """
 
@@ -60,6 +62,7 @@ class Scheme:
     granularity: Granularity = "channel"
     group_size: int | None = None
     nested: bool = False
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         assert (self.group_size is not None) == (self.granularity == "group"), self
@@ -67,7 +70,8 @@ class Scheme:
 
     def __str__(self) -> str:
         if self.kind != "int":
-            return "bf16" if self.kind == "none" else self.kind + ("-dq" if self.nested else "")
+            suffix = "-dq" if self.nested else "-dynamic" if self.dynamic else ""
+            return "bf16" if self.kind == "none" else self.kind + suffix
         name = f"int{self.bits}" + ("" if self.symmetric else "-asym")
         if self.granularity == "tensor":
             return name + "-tensor"
@@ -115,6 +119,7 @@ class Scheme:
 INT4: Final = Scheme("int", 4, granularity="group", group_size=_DEFAULT_INT4_GROUP)
 INT8: Final = Scheme("int", 8)
 FP8: Final = Scheme("fp8", 8)
+FP8_DYNAMIC: Final = Scheme("fp8", 8, dynamic=True)
 BNB_INT8: Final = Scheme("bnb-int8", 8)
 UNQUANTIZED: Final = Scheme("none")
 
@@ -137,8 +142,8 @@ def parse_scheme(name: str, *, stored: bool = False) -> Scheme:
     text = name.strip().lower()
     if text in _UNQUANTIZED_NAMES:
         return UNQUANTIZED
-    if text == "fp8":
-        return FP8
+    if text in ("fp8", "fp8-dynamic"):
+        return FP8 if text == "fp8" else FP8_DYNAMIC
     if (bnb := _BNB_NAME.fullmatch(text)) is not None:
         kind, nested = cast("Kind | None", bnb["kind"]), bnb["nested"] is not None
         return bnb_scheme(kind, nested=nested) if kind is not None else BNB_INT8
@@ -146,8 +151,8 @@ def parse_scheme(name: str, *, stored: bool = False) -> Scheme:
     if match is None:
         raise ConfigError(
             [f"quantization scheme {name!r} is unknown. Use int4, int8, fp8, bf16, or a variant such as "
-             "int4-g128, int4-asym-g64, int8-channel, int8-asym-g64; with bitsandbytes: bnb-nf4, bnb-nf4-dq, "
-             "bnb-fp4, bnb-fp4-dq, bnb-int8."]
+             "int4-g128, int4-asym-g64, int8-channel, int8-asym-g64, fp8-dynamic; with bitsandbytes: "
+             "bnb-nf4, bnb-nf4-dq, bnb-fp4, bnb-fp4-dq, bnb-int8."]
         )  # fmt: skip
     bits, symmetric = int(match["bits"]), match["asym"] != "-asym"
     if match["whole"]:

@@ -1,0 +1,125 @@
+"""Quantized modules that compute with the Triton kernels.
+
+Purpose: say which stored weights those kernels take, convert both ways, give modules theirs.
+Does not know: tiles, kernels' insides, the engine.
+Invariant: Triton is imported only where it can run; a module that keeps its stored weight has a reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import nn
+
+from memory_efficient_gpt.quantization.experts import QuantizedStack
+from memory_efficient_gpt.quantization.fp8 import multiplies_fp8
+from memory_efficient_gpt.quantization.modules import QuantizedModule
+from memory_efficient_gpt.quantization.scheme import Scheme
+from memory_efficient_gpt.quantization.storage import QuantizedWeight, pack_nibbles
+from memory_efficient_gpt.triton_kernels.availability import triton_obstacle
+from memory_efficient_gpt.triton_kernels.packing import Code, TritonWeight, obstacle, pack, unpack
+
+TOLERANCE = 0.01
+"""Of the norm of a product with the dequantized weight: roundings of bfloat16 results are 0.002."""
+
+
+def code_of(scheme: Scheme) -> Code:
+    """What the kernels call such codes."""
+    return "fp8" if scheme.kind == "fp8" else "int4" if scheme.bits == 4 else "int8"
+
+
+def pack_for_triton(weight: QuantizedWeight) -> TritonWeight:
+    """The weight in the kernels' layout, on its device. Raises ValueError for groups they don't take."""
+    code = code_of(weight.scheme)
+    codes = weight.codes.view(torch.uint8) if code == "fp8" else weight.integer_codes()
+    return pack(
+        code, codes, weight.scales, weight.offsets, float(weight.unit), group_size=weight.scheme.group_size
+    )
+
+
+def stored_layout(scheme: Scheme, packed: TritonWeight) -> QuantizedWeight:
+    """The inverse of `pack_for_triton`."""
+    codes, scales, offsets = unpack(packed)
+    if scheme.granularity == "tensor":
+        scales, offsets = scales[:1], offsets[:1] if offsets is not None else None
+    if scheme.kind == "fp8":
+        codes = codes.view(torch.float8_e4m3fn)
+    elif scheme.bits == 4:
+        codes = pack_nibbles(codes)
+    unit = torch.tensor(packed.unit, device=codes.device)
+    return QuantizedWeight(scheme, packed.num_inputs, codes, scales, offsets, unit)
+
+
+def give_triton_kernels(model: nn.Module) -> Counter[str]:
+    """Let quantized modules on CUDA devices compute with the Triton kernels.
+
+    Counts what became of them: "triton", or the reason why torch multiplies.
+    A weight shared by two modules is packed once; one module of each scheme and shape is checked against
+    its dequantized weight, which also compiles the kernel for few rows.
+    """
+    outcome: Counter[str] = Counter()
+    packed: dict[int, tuple[QuantizedWeight, TritonWeight]] = {}
+    checked: dict[tuple[Scheme, int, int], str | None] = {}
+    for module in model.modules():
+        if not isinstance(module, QuantizedModule):
+            continue
+        if module.packed_weight is not None:
+            outcome["triton"] += isinstance(module.packed_weight, TritonWeight)
+            continue
+        weight = module.quantized_weight
+        reason = _obstacle(module, weight)
+        if reason is None:
+            key = weight.codes.data_ptr()
+            if key not in packed:  # the weight is kept, so that no other one gets its address
+                packed[key] = weight, pack_for_triton(weight)
+            case = (weight.scheme, *weight.codes.shape)
+            if case not in checked:
+                checked[case] = _difference(*packed[key])
+            reason = checked[case]
+        if reason is None:
+            module.use_triton(packed[key][1])
+        outcome[reason or "triton"] += 1
+    return outcome
+
+
+def summary(outcome: Counter[str]) -> str:
+    """One line for a log or for GET /v1/models; empty if nothing is quantized."""
+    done = outcome["triton"]
+    slow = "; ".join(
+        f"{count} dequantize: {why}" for why, count in sorted(outcome.items()) if why != "triton"
+    )
+    if not outcome:
+        return ""
+    return f"Triton kernels: {done} quantized" + (f"; {slow}" if slow else "")
+
+
+def _obstacle(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+    if (reason := triton_obstacle(weight.codes.device)) is not None:
+        return reason
+    if isinstance(module, QuantizedStack):
+        return "experts are dequantized one by one"
+    if weight.scheme.dynamic:
+        return (
+            "its product of fp8 with fp8"
+            if multiplies_fp8(weight.codes.device)
+            else "inputs are rounded first"
+        )
+    if weight.scheme.kind not in ("int", "fp8"):
+        return f"no Triton kernel for {weight.scheme}"
+    return obstacle(code_of(weight.scheme), weight.scheme.group_size)
+
+
+def _difference(weight: QuantizedWeight, packed: TritonWeight) -> str | None:
+    """Why the kernels must not be used for such weights: None if their result is right."""
+    from memory_efficient_gpt.triton_kernels.linear import quantized_linear
+
+    device = packed.codes.device
+    ends = torch.arange(min(64, weight.num_outputs), device=device)
+    some = torch.cat((ends, weight.num_outputs - 1 - ends))
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(3, weight.num_inputs, generator=generator, device=device).bfloat16()
+    want = x.float() @ weight.select(some).dequantize().t()
+    got = quantized_linear(x, packed)[:, some].float()
+    error = float((got - want).norm() / want.norm().clamp_min(1e-30))
+    return None if error <= TOLERANCE else f"the Triton result differs by {error:.2g}"

@@ -1,0 +1,37 @@
+"""Whether the Triton kernels can run here, and if not, why.
+
+Purpose: one question, asked before anything else of this package is imported.
+Does not know: kernels.
+Invariant: never raises, never starts CUDA for a device that is not CUDA.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Final
+
+import torch
+
+LEAST_CAPABILITY: Final = (8, 0)
+"""Ampere: the first with bfloat16 in its tensor cores."""
+
+
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why Triton kernels can't run on `device`, or None if they can."""
+    if device.type != "cuda":
+        return f"on {device.type}"
+    return _cuda_obstacle(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _cuda_obstacle(index: int) -> str | None:
+    if vars(torch.version).get("hip") is not None:
+        return "the Triton kernels are for NVIDIA GPUs"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LEAST_CAPABILITY:
+        own, least = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))
+        return f"the GPU has compute capability {own}, the Triton kernels need {least}"
+    return None
