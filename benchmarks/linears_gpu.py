@@ -32,7 +32,7 @@ from memory_efficient_gpt.triton_kernels.linear import quantized_linear
 
 SHAPES = ((4096, 14336), (14336, 4096), (4096, 4096), (6144, 4096))
 """Outputs and inputs."""
-ROWS = (1, 8, 32, 128, 512, 2048)
+ROWS = (1, 8, 32, 128, 512, 2048, 4096)
 OURS = ("int4-g128", "int4", "int8", "fp8")
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -118,6 +118,7 @@ def table(results: dict[str, Any], bandwidth: float) -> str:
     return "\n".join(lines)
 
 
+@torch.inference_mode()
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(

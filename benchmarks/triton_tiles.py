@@ -55,6 +55,7 @@ _CANDIDATES: dict[int, tuple[tuple[FewRows, ...], tuple[Wide, ...]]] = {
     128: ((), ((128, 128, 8, 2, (1, 2, 4)), (128, 128, 8, 3, (1, 2, 4)), (128, 64, 8, 4, (1, 2)),
                (64, 128, 4, 3, (2, 4)))),
     256: ((), ((128, 128, 8, 2, (1, 2)), (128, 128, 8, 3, (1, 2)), (128, 256, 8, 2, (1,)))),
+    512: ((), ((128, 128, 8, 3, (1,)), (128, 256, 8, 2, (1,)))),
 }  # fmt: skip
 """By rows: (outputs, warps, stages, splits) of few_rows.py, (outputs, rows, warps, ...) of matmul.py."""
 TOLERANCE = 6e-3

@@ -11,6 +11,7 @@ Letters: M rows, N outputs, K inputs.
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +27,9 @@ from memory_efficient_gpt.triton_kernels.tiles import Tile, choose_tile
 DTYPES: Final = (torch.bfloat16, torch.float16)
 """Of x, for the fused kernel; other ones are multiplied densely."""
 _DEQUANTIZE_ROWS: Final = 64
+EARLY_START = os.environ.get("MEGPT_EARLY_START", "1") == "1"
+"""Whether kernels begin while the ones before them run (overlap.py)."""
+_EARLY_MAJOR: Final = 9
 
 
 @dataclass(slots=True)
@@ -96,7 +100,8 @@ def _launch(rows: torch.Tensor, weight: TritonWeight, bias: torch.Tensor | None,
     out = torch.empty((m, weight.num_outputs), dtype=rows.dtype, device=rows.device)
     work = _workspace(rows.device, grid[0] * grid[1], splits * tile.outputs * tile.rows if splits > 1 else 0)
     kernel = few_rows_kernel if tile.few_rows else quantized_matmul_kernel
-    own = {"W": tile.warps} if tile.few_rows else {}
+    own = {"W" if tile.few_rows else "warps": tile.warps}
+    early = EARLY_START and _processor(rows.device)[0] >= _EARLY_MAJOR
     with torch.cuda.device(rows.device):
         kernel[grid](
             rows, weight.codes, weight.scales,
@@ -104,8 +109,8 @@ def _launch(rows: torch.Tensor, weight: TritonWeight, bias: torch.Tensor | None,
             bias if bias is not None else rows, out, work.partial, work.counters,
             m, weight.num_outputs, k, k, padded, spans, per_split, weight.unit,
             code=weight.code, group=weight.group_size or 0, asymmetric=weight.offsets is not None,
-            has_bias=bias is not None, even_k=k % SPAN == 0, splits=splits, BN=tile.outputs, BM=tile.rows,
-            num_warps=tile.warps, num_stages=tile.stages, **own,
+            has_bias=bias is not None, even_k=k % SPAN == 0, early=early, splits=splits,
+            BN=tile.outputs, BM=tile.rows, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=early, **own,
         )  # fmt: skip
     return out
 

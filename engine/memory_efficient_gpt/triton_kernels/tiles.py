@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from memory_efficient_gpt.triton_kernels.packing import SPAN, Code
 
-ROW_LIMITS: Final = (8, 16, 32, 64, 128, 256)
+ROW_LIMITS: Final = (8, 16, 32, 64, 128, 256, 512)
 """A table has entries for up to so many rows; beyond the last, products are dense."""
 _TABLES: Final = {9: "hopper.json"}  # by compute capability's major number
 _DENSE_FROM: Final = 129  # without a table
