@@ -1,0 +1,131 @@
+"""What administrators wish: load, unload, sleep, wake, register, change, forget.
+
+Purpose: handlers of the admin events.
+Does not know: HTTP, keys, who asks.
+Invariant: every operation is answered once: at once, when its model is ready or asleep, or when its process
+is gone. Only an administrator's abort or deadline ends a lease.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from memory_efficient_gpt_server.registry.draft import Draft
+from memory_efficient_gpt_server.registry.effects import AbortReason, RefusalKind, UnloadReason
+from memory_efficient_gpt_server.registry.events import AdminLoad, AdminUnload, Patched, Removed, UnloadMode
+from memory_efficient_gpt_server.registry.load_queue import Waiter
+from memory_efficient_gpt_server.registry.records import VariantRecord
+from memory_efficient_gpt_server.registry.states import HAS_PROCESS, State
+from memory_efficient_gpt_server.registry.variants import HOST, VariantKey
+
+RETRY_WHEN_FULL_S: Final = 5.0
+
+
+def load(draft: Draft, event: AdminLoad) -> None:
+    """Queue a load for nobody's request; earlier failures are forgiven."""
+    if event.key.model_id not in draft.entries:
+        draft.refuse(event.operation, RefusalKind.MODEL_NOT_FOUND)
+        return
+    record = draft.record(event.key, event.estimate)
+    record = draft.put(record, strikes_s=(), failure=None)
+    wait_for_load(draft, record, event.operation, draft.policy.max_wait_s, wants_lease=False)
+
+
+def wait_for_load(
+    draft: Draft, record: VariantRecord, waiter: int, wait_s: float, *, wants_lease: bool
+) -> None:
+    """Put someone into the queue; what can never fit is refused from there, in the same step."""
+    if record.state is State.READY:
+        draft.finish((waiter,))
+        return
+    if len(draft.queue) >= draft.policy.max_waiters:
+        draft.refuse(waiter, RefusalKind.QUEUE_FULL, RETRY_WHEN_FULL_S)
+        return
+    queued = Waiter(waiter, draft.now_s, draft.now_s + wait_s, wants_lease)
+    draft.queue = draft.queue.join(record.key, queued)
+    if record.state in (State.UNLOADED, State.FAILED):
+        draft.enter(record, State.QUEUED)
+
+
+def unload(draft: Draft, event: AdminUnload) -> None:
+    """Unload a variant, in whatever state it is."""
+    record = draft.records.get(event.key)
+    if record is None or record.state is State.UNLOADED:
+        draft.finish((event.operation,))
+    elif draft.entries[event.key.model_id].pinned and record.state is not State.FAILED:
+        draft.refuse(event.operation, RefusalKind.MODEL_PINNED)
+    elif event.mode is UnloadMode.IF_IDLE and (record.leases or event.key in draft.queue):
+        draft.refuse(event.operation, RefusalKind.MODEL_BUSY)
+    else:
+        _unload(draft, record, event)
+
+
+def _unload(draft: Draft, record: VariantRecord, event: AdminUnload) -> None:
+    draft.refuse_group(record.key, RefusalKind.DRAINING, draft.policy.unload_s)
+    record = draft.records[record.key]
+    if record.state not in HAS_PROCESS:
+        if record.state is State.FAILED:
+            draft.enter(record, State.UNLOADED, strikes_s=())
+        draft.finish((event.operation,))
+        return
+    record = draft.put(record, operations=(*record.operations, event.operation))
+    if record.state is State.UNLOADING:
+        return
+    if event.mode is UnloadMode.ABORT:
+        record = draft.abort_leases(record, AbortReason.ADMIN)
+    if record.leases:
+        _drain(draft, record, event.deadline_s)
+    else:
+        draft.unload(record, UnloadReason.ADMIN)
+
+
+def _drain(draft: Draft, record: VariantRecord, deadline_s: float | None) -> None:
+    if record.state is State.READY:
+        record = draft.enter(record, State.DRAINING, UnloadReason.ADMIN)
+    deadlines = [d for d in (record.drain_deadline_s,) if d is not None]
+    deadlines += [draft.now_s + deadline_s] if deadline_s is not None else []
+    draft.put(record, drain_for=None, drain_deadline_s=min(deadlines, default=None))
+
+
+def sleep(draft: Draft, operation: int, key: VariantKey) -> None:
+    """Put an idle ready variant to sleep, if it can and the host has room."""
+    record = draft.records.get(key)
+    if record is None or record.state is not State.READY or not record.needs.can_sleep:
+        draft.refuse(operation, RefusalKind.WRONG_STATE)
+    elif record.leases:
+        draft.refuse(operation, RefusalKind.MODEL_BUSY)
+    elif HOST not in draft.ledger.budgets or (
+        draft.ledger.available_bytes(HOST) < record.needs.weights_bytes
+    ):
+        draft.refuse(operation, RefusalKind.INSUFFICIENT_MEMORY)
+    else:
+        draft.sleep(record, UnloadReason.ADMIN, sleeper=operation)
+
+
+def wake(draft: Draft, operation: int, key: VariantKey) -> None:
+    """Wake a variant that sleeps or is about to."""
+    record = draft.records.get(key)
+    if record is None or record.state not in (State.SLEEPING, State.ASLEEP, State.WAKING, State.READY):
+        draft.refuse(operation, RefusalKind.WRONG_STATE)
+    else:
+        wait_for_load(draft, record, operation, draft.policy.max_wait_s, wants_lease=False)
+
+
+def patch(draft: Draft, event: Patched) -> None:
+    """Register a model or change its settings; what follows from a pin or a TTL follows at once."""
+    draft.entries = {**draft.entries, event.entry.id: event.entry}
+
+
+def remove(draft: Draft, event: Removed) -> None:
+    """Forget a model and its variants' history, unless one of them is loaded, waited for or leaking."""
+    mine = [r for r in draft.records.values() if r.key.model_id == event.model_id]
+    idle = (State.UNLOADED, State.FAILED)
+    if event.model_id not in draft.entries:
+        draft.refuse(event.operation, RefusalKind.MODEL_NOT_FOUND)
+    elif any(r.state not in idle or draft.ledger.of(r.key) for r in mine):
+        draft.refuse(event.operation, RefusalKind.MODEL_BUSY)
+    else:
+        draft.entries = {i: entry for i, entry in draft.entries.items() if i != event.model_id}
+        for record in mine:
+            del draft.records[record.key]
+        draft.finish((event.operation,))

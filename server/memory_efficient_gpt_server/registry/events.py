@@ -1,0 +1,230 @@
+"""What the registry is told: wishes of clients and administrators, and news of workers.
+
+Purpose: the registry's input as plain values.
+Does not know: where they come from.
+Invariant: ids of waiters, leases and operations are unique over the registry's life; a granted lease keeps
+its waiter's id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import TypeAlias
+
+from memory_efficient_gpt_server.registry.ledger import Budget
+from memory_efficient_gpt_server.registry.variants import Estimate, ModelEntry, VariantKey
+
+
+class UnloadMode(StrEnum):
+    """What happens to work under way: finish it, cut it, or refuse to unload because of it."""
+
+    DRAIN = "drain"
+    ABORT = "abort"
+    IF_IDLE = "if_idle"
+
+
+# ---- clients
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request needs a lease. `estimate`: what the variant would take; `wait_s`: how long it would wait
+    (None: as long as anyone may; 0: only if it is loaded)."""
+
+    waiter: int
+    key: VariantKey
+    estimate: Estimate
+    wait_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A client left while it waited; if its lease was granted meanwhile, it is given back."""
+
+    waiter: int
+    key: VariantKey
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseReleased:
+    """The work under a lease has ended. Leases that were aborted are unknown, which is fine."""
+
+    lease: int
+    key: VariantKey
+
+
+# ---- workers
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A load has succeeded and takes `measured`."""
+
+    key: VariantKey
+    measured: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """A load has failed; its process may still be there."""
+
+    key: VariantKey
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDied:
+    """A process ended that nobody told to."""
+
+    key: VariantKey
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessGone:
+    """The answer to StartUnload. `leaked`: bytes by device that did not come back."""
+
+    key: VariantKey
+    leaked: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True)
+class LeaksCleared:
+    """What a variant had leaked was found to be free."""
+
+    key: VariantKey
+
+
+@dataclass(frozen=True, slots=True)
+class Slept:
+    """The weights are parked. `context_bytes`: what the process still has on its device."""
+
+    key: VariantKey
+    context_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Woke:
+    """The weights are back, and the variant takes `measured`."""
+
+    key: VariantKey
+    measured: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A ready variant takes something else now (CUDA graphs are captured late, workspaces grow)."""
+
+    key: VariantKey
+    measured: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class KvWanted:
+    """A ready variant could use `bytes` more KV memory."""
+
+    key: VariantKey
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvMoved:
+    """`bytes` of KV memory went from `source` to `target`, or (None) to nobody."""
+
+    source: VariantKey
+    target: VariantKey | None
+    bytes: int
+
+
+# ---- administrators and time
+
+
+@dataclass(frozen=True, slots=True)
+class AdminLoad:
+    """Load it, for no request. Earlier failures don't count."""
+
+    operation: int
+    key: VariantKey
+    estimate: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class AdminUnload:
+    """Unload it. `deadline_s`: for DRAIN, seconds until what is left is cut; None: never."""
+
+    operation: int
+    key: VariantKey
+    mode: UnloadMode = UnloadMode.DRAIN
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdminSleep:
+    """Put an idle ready variant to sleep."""
+
+    operation: int
+    key: VariantKey
+
+
+@dataclass(frozen=True, slots=True)
+class AdminWake:
+    """Wake a sleeping variant."""
+
+    operation: int
+    key: VariantKey
+
+
+@dataclass(frozen=True, slots=True)
+class Patched:
+    """A model was registered, or its settings changed."""
+
+    entry: ModelEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Forget a model none of whose variants is loaded or waited for."""
+
+    operation: int
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPatched:
+    """A device has another budget."""
+
+    device: str
+    budget: Budget
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed. The owner sends one at least every second."""
+
+
+Event: TypeAlias = (
+    Asked
+    | Left
+    | LeaseReleased
+    | Loaded
+    | LoadFailed
+    | WorkerDied
+    | ProcessGone
+    | LeaksCleared
+    | Slept
+    | Woke
+    | Measured
+    | KvWanted
+    | KvMoved
+    | AdminLoad
+    | AdminUnload
+    | AdminSleep
+    | AdminWake
+    | Patched
+    | Removed
+    | BudgetPatched
+    | Tick
+)

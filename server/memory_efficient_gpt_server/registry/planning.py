@@ -1,0 +1,266 @@
+"""Whether a load fits, what must go for it, and when it would be ready.
+
+Purpose: one pure function for both the scheduling of loads and for whoever asks beforehand.
+Does not know: waiters' deadlines, workers.
+Invariant: a plan changes nothing; what is larger than the budget minus what can't move evicts nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+from memory_efficient_gpt_server.registry.records import RegistryView, VariantRecord
+from memory_efficient_gpt_server.registry.states import State
+from memory_efficient_gpt_server.registry.variants import HOST, Amount, Estimate, Kind, VariantKey, per_device
+from memory_efficient_gpt_server.registry.victims import (
+    Victims,
+    Way,
+    choose_victims,
+    held_by_device,
+    load_rate,
+    reload_s,
+)
+
+_NO_CLAIMS: Final[Mapping[str, int]] = MappingProxyType({})
+_NO_VICTIMS: Final = Victims({}, covered=False)
+
+
+class Verdict(StrEnum):
+    """What stands between a load and its beginning."""
+
+    NOW = "now"
+    AFTER_FREEING = "after_freeing"
+    """Bytes that are being freed already will do."""
+    AFTER_EVICTION = "after_eviction"
+    BUSY = "busy"
+    """It would fit, but what holds the bytes is in use, draining, loading or too young to be evicted."""
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Another way to load the model: `label` for people ("int4", "8k context")."""
+
+    label: str
+    key: VariantKey
+    estimate: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """What somebody would like to be loaded, and what they might take instead."""
+
+    key: VariantKey
+    estimate: Estimate
+    candidates: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A candidate that fits."""
+
+    label: str
+    key: VariantKey
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What loading would mean. Sizes in bytes.
+
+    bytes: by kind. needed: by device, what has to be reserved. reservable: by device, what pins and leaks
+    leave. evict, sleep: who would go now. blocked_by: who holds bytes but can't go now (BUSY only). eta_s:
+    seconds until it could serve, from measured times where there are some; None: depends on others' requests.
+    """
+
+    verdict: Verdict
+    bytes: Mapping[Kind, int]
+    needed: Mapping[str, int]
+    reservable: Mapping[str, int]
+    evict: tuple[VariantKey, ...] = ()
+    sleep: tuple[VariantKey, ...] = ()
+    blocked_by: tuple[VariantKey, ...] = ()
+    eta_s: float | None = None
+    alternatives: tuple[Alternative, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can be loaded without cutting or awaiting anyone's requests."""
+        return self.verdict in (Verdict.NOW, Verdict.AFTER_FREEING, Verdict.AFTER_EVICTION)
+
+
+def plan(
+    request: LoadRequest, view: RegistryView, now_s: float, claimed: Mapping[str, int] = _NO_CLAIMS
+) -> Plan:
+    """The plan for one load. `claimed`: bytes by device that are promised to loads before this one.
+
+    A variant that was measured before is planned with what it really took. Raises LedgerError for an unknown
+    device.
+    """
+    record = view.records.get(request.key)
+    estimate = request.estimate if record is None or record.measured is None else record.measured
+    if record is not None and record.state in (State.READY, State.LOADING, State.WAKING):
+        eta_s = remaining_s(view, record, now_s)
+        return Plan(Verdict.NOW, estimate.by_kind(), {}, {}, eta_s=eta_s)
+    needed = per_device(needed_amounts(record, estimate))
+    reservable = _reservable(view, request.key, needed)
+    verdict, victims = _judge(view, request.key, needed, reservable, now_s, claimed)
+    chosen = victims if verdict is Verdict.AFTER_EVICTION else _NO_VICTIMS
+    return Plan(
+        verdict,
+        estimate.by_kind(),
+        needed,
+        reservable,
+        chosen.by(Way.EVICT),
+        chosen.by(Way.SLEEP),
+        _blockers(view, request.key, needed) if verdict is Verdict.BUSY else (),
+        _eta_s(view, record, estimate, verdict, chosen, now_s),
+        _alternatives(request, view, now_s, claimed),
+    )
+
+
+def needed_amounts(record: VariantRecord | None, estimate: Estimate) -> tuple[Amount, ...]:
+    """What a load has to reserve; less for a model that only has to wake."""
+    asleep = record is not None and record.state is State.ASLEEP
+    return estimate.to_wake() if asleep else estimate.awake()
+
+
+def missing_bytes(
+    view: RegistryView, needed: Mapping[str, int], claimed: Mapping[str, int]
+) -> dict[str, int]:
+    """Bytes by device that can't be reserved at present."""
+    missing = {}
+    for device, size in needed.items():
+        short = size + claimed.get(device, 0) - view.ledger.available_bytes(device)
+        if short > 0:
+            missing[device] = short
+    return missing
+
+
+def after_freeing(view: RegistryView, missing: Mapping[str, int]) -> dict[str, int]:
+    """What is missing even when all that is being freed is free."""
+    freeing = view.ledger.freeing
+    return {device: n - freeing[device] for device, n in missing.items() if n > freeing[device]}
+
+
+def after_drains(view: RegistryView, missing: Mapping[str, int]) -> dict[str, int]:
+    """What is missing even when all that is being freed or drained is free."""
+    left = after_freeing(view, missing)
+    for record in view.records.values():
+        if left and record.state is State.DRAINING:
+            held = held_by_device(view.ledger, record.key)
+            left = {device: n - held.get(device, 0) for device, n in left.items()}
+    return {device: n for device, n in left.items() if n > 0}
+
+
+def remaining_s(view: RegistryView, record: VariantRecord, now_s: float) -> float:
+    """Seconds until a variant that is loading or waking should be ready; 0 once it is."""
+    match record.state:
+        case State.LOADING:
+            return max(0.0, reload_s(view, record) - (now_s - record.life.since_s))
+        case State.WAKING:
+            return max(0.0, _wake_s(view, record) - (now_s - record.life.since_s))
+        case _:
+            return 0.0
+
+
+def _judge(
+    view: RegistryView,
+    key: VariantKey,
+    needed: Mapping[str, int],
+    reservable: Mapping[str, int],
+    now_s: float,
+    claimed: Mapping[str, int],
+) -> tuple[Verdict, Victims]:
+    if any(size > reservable[device] for device, size in needed.items()):
+        return Verdict.NEVER, _NO_VICTIMS
+    record = view.records.get(key)
+    has_process = record is not None and record.state in (State.DRAINING, State.UNLOADING, State.SLEEPING)
+    missing = missing_bytes(view, needed, claimed)
+    if not missing:
+        return (Verdict.AFTER_FREEING if has_process else Verdict.NOW), _NO_VICTIMS
+    missing = after_freeing(view, missing)
+    if not missing:
+        return Verdict.AFTER_FREEING, _NO_VICTIMS
+    room = host_room_bytes(view, needed, claimed)
+    victims = choose_victims(view, missing, now_s, exclude=(key,), host_room_bytes=room)
+    return (Verdict.AFTER_EVICTION if victims.covered else Verdict.BUSY), victims
+
+
+def host_room_bytes(view: RegistryView, needed: Mapping[str, int], claimed: Mapping[str, int]) -> int:
+    """Host memory in which victims may be parked without being in the way of the load itself."""
+    if HOST not in view.ledger.budgets:
+        return 0
+    return view.ledger.available_bytes(HOST) - needed.get(HOST, 0) - claimed.get(HOST, 0)
+
+
+def _reservable(view: RegistryView, key: VariantKey, needed: Mapping[str, int]) -> dict[str, int]:
+    """By device, what the load could have at best: everything but what can't be made to go."""
+    left = {d: view.ledger.available_bytes(d) + view.ledger.used[d] for d in needed}
+    for owner in view.ledger.entries:
+        record = view.records.get(owner) if isinstance(owner, VariantKey) else None
+        own_asleep = owner == key and record is not None and record.state is State.ASLEEP
+        fixed = record is None or own_asleep or _stays(view, record, key)
+        for e in view.ledger.of(owner):
+            if e.device in left and (fixed or e.kind is Kind.LEAKED):
+                left[e.device] -= e.bytes
+    return left
+
+
+def _stays(view: RegistryView, record: VariantRecord, key: VariantKey) -> bool:
+    pinned = view.entries[record.key.model_id].pinned
+    return pinned and record.key != key and record.state is not State.UNLOADING
+
+
+def _blockers(view: RegistryView, key: VariantKey, needed: Mapping[str, int]) -> tuple[VariantKey, ...]:
+    return tuple(
+        record.key
+        for record in view.records.values()
+        if record.key != key and any(view.ledger.held_bytes(record.key, device) for device in needed)
+    )
+
+
+def _wake_s(view: RegistryView, record: VariantRecord) -> float:
+    if record.timings.wake_s is not None:
+        return record.timings.wake_s
+    return record.needs.weights_bytes / view.policy.wake_bytes_per_s
+
+
+def _eta_s(
+    view: RegistryView,
+    record: VariantRecord | None,
+    estimate: Estimate,
+    verdict: Verdict,
+    victims: Victims,
+    now_s: float,
+) -> float | None:
+    if verdict in (Verdict.BUSY, Verdict.NEVER):
+        return None
+    if record is None:
+        own_s = sum(amount.bytes for amount in estimate.awake()) / load_rate(view)
+    else:
+        own_s = _wake_s(view, record) if record.state is State.ASLEEP else reload_s(view, record)
+    going = [view.records[key] for key in victims.ways]
+    going += [r for r in view.records.values() if r.state is State.UNLOADING and verdict is not Verdict.NOW]
+    room_s = max([r.timings.unload_s or view.policy.unload_s for r in going], default=0.0)
+    loading = [r for r in view.records.values() if r.state in (State.LOADING, State.WAKING)]
+    if len(loading) >= view.policy.max_loads:
+        room_s = max(room_s, min(remaining_s(view, r, now_s) for r in loading))
+    return own_s + room_s
+
+
+def _alternatives(
+    request: LoadRequest, view: RegistryView, now_s: float, claimed: Mapping[str, int]
+) -> tuple[Alternative, ...]:
+    if not request.candidates:
+        return ()
+    plans = [
+        (c, plan(LoadRequest(c.key, c.estimate), view, now_s, claimed))
+        for c in request.candidates
+        if c.key != request.key
+    ]
+    return tuple([Alternative(c.label, c.key, its_plan) for c, its_plan in plans if its_plan.fits])

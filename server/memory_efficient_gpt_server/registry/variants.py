@@ -1,0 +1,166 @@
+"""What can be loaded: a model's entry, its load-affecting options, and the bytes these take.
+
+Purpose: the registry's vocabulary.
+Does not know: states, who holds what.
+Invariant: two requests whose keys are equal can be served by one worker; adapters and sampling are no part
+of a key. A fine-tuning job is a variant as well: one whose lease is held until the job ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final, NamedTuple
+
+HOST: Final = "cpu"
+"""The device whose bytes are the host's memory."""
+
+
+class Kind(StrEnum):
+    """What bytes are used for.
+
+    CONTEXT is what a process keeps on its device while it lives (the CUDA context), PROCESS its own host
+    memory, PARKED the weights of a sleeping model in host memory, LEAKED what stayed after a process ended.
+    """
+
+    WEIGHTS = "weights"
+    KV = "kv"
+    WORKSPACE = "workspace"
+    GRAPHS = "graphs"
+    CONTEXT = "context"
+    PROCESS = "process"
+    PARKED = "parked"
+    LEAKED = "leaked"
+
+
+class Amount(NamedTuple):
+    """Bytes of one kind on one device."""
+
+    device: str
+    kind: Kind
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class VariantKey:
+    """A model and the options that decide how it is loaded. `model_id` is a registered id, never an alias."""
+
+    model_id: str
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    max_model_len: int | None = None
+    dtype: str = "auto"
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        options = [
+            *(f"{name}={value}" for name, value in self._options() if value is not None and value != "auto")
+        ]
+        return f"{self.model_id}[{','.join(options)}]" if options else self.model_id
+
+    def _options(self) -> Iterable[tuple[str, object]]:
+        yield "quantization", self.quantization
+        yield "kv", self.kv_cache_dtype
+        yield "len", self.max_model_len
+        yield "dtype", self.dtype
+        yield "revision", self.revision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEntry:
+    """A registered model; its variants share these settings.
+
+    source: bundled name, checkpoint folder or hub id. defaults: sampling fields of requests that leave them
+    out. pinned: never evicted. ttl_s: idle seconds after which it is unloaded; None: never.
+    min_residency_s: seconds after becoming ready in which it is not evicted. priority: greater loads first
+    and is evicted last. kv_soft_limit_bytes: KV bytes that it keeps when others want some (None: all it has);
+    kv_hard_limit_bytes: most KV bytes it may grow to (None: no limit of its own).
+    """
+
+    id: str
+    source: str
+    aliases: tuple[str, ...] = ()
+    defaults: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    pinned: bool = False
+    ttl_s: float | None = None
+    min_residency_s: float = 0.0
+    priority: int = 0
+    kv_soft_limit_bytes: int | None = None
+    kv_hard_limit_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where a time or a limit makes no sense."""
+        if self.min_residency_s < 0 or (self.ttl_s is not None and self.ttl_s < 0):
+            raise ValueError(f"times of {self.id} must not be negative")
+        soft, hard = self.kv_soft_limit_bytes, self.kv_hard_limit_bytes
+        if soft is not None and hard is not None and soft > hard:
+            raise ValueError(f"{self.id} keeps {soft} KV bytes but may have at most {hard}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a loaded variant takes, in bytes: predicted before a load, measured after it.
+
+    device: where the model computes. context_bytes: what its process keeps on the device as long as it
+    lives. host_bytes: host memory of the process itself. can_sleep: whether its weights can be parked in host
+    memory, which frees everything on the device but the context.
+    """
+
+    device: str
+    weights_bytes: int
+    kv_bytes: int = 0
+    workspace_bytes: int = 0
+    graphs_bytes: int = 0
+    context_bytes: int = 0
+    host_bytes: int = 0
+    can_sleep: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for negative bytes, or a sleep that would free nothing."""
+        if min(amount.bytes for amount in self._all()) < 0:
+            raise ValueError("an estimate's bytes must not be negative")
+        if self.can_sleep and self.device == HOST:
+            raise ValueError("a model in host memory cannot be parked there")
+
+    def awake(self) -> tuple[Amount, ...]:
+        """Everything held while it is loaded and ready."""
+        return tuple([amount for amount in self._all() if amount.bytes])
+
+    def parked(self) -> Amount:
+        """The host copy of the weights that a sleeping model holds."""
+        return Amount(HOST, Kind.PARKED, self.weights_bytes)
+
+    def to_wake(self) -> tuple[Amount, ...]:
+        """What a sleeping model needs in addition to become ready."""
+        return tuple([amount for amount in self._all()[:4] if amount.bytes])
+
+    def by_kind(self) -> dict[Kind, int]:
+        """Bytes of each kind while it is awake."""
+        return {amount.kind: amount.bytes for amount in self.awake()}
+
+    def _all(self) -> tuple[Amount, ...]:
+        return (
+            Amount(self.device, Kind.WEIGHTS, self.weights_bytes),
+            Amount(self.device, Kind.KV, self.kv_bytes),
+            Amount(self.device, Kind.WORKSPACE, self.workspace_bytes),
+            Amount(self.device, Kind.GRAPHS, self.graphs_bytes),
+            Amount(self.device, Kind.CONTEXT, self.context_bytes),
+            Amount(HOST, Kind.PROCESS, self.host_bytes),
+        )
+
+
+def per_device(amounts: Iterable[Amount]) -> dict[str, int]:
+    """Sums by device, in bytes."""
+    sums: dict[str, int] = {}
+    for device, _, size in amounts:
+        sums[device] = sums.get(device, 0) + size
+    return sums
+
+
+def find_entry(entries: Mapping[str, ModelEntry], name: str) -> ModelEntry | None:
+    """The entry with that id or alias; an id wins over another entry's alias."""
+    if name in entries:
+        return entries[name]
+    return next((entry for entry in entries.values() if name in entry.aliases), None)

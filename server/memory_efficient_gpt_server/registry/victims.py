@@ -1,0 +1,166 @@
+"""Whom to evict, to put to sleep or to drain when a device has too few free bytes.
+
+Purpose: the choice of victims, pure.
+Does not know: who needs the bytes; how a victim is ended.
+Invariant: a victim is unpinned; one in use is only ever drained, and only if the caller allows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from memory_efficient_gpt_server.registry.ledger import Ledger, Stage
+from memory_efficient_gpt_server.registry.records import RegistryView, VariantRecord
+from memory_efficient_gpt_server.registry.states import State
+from memory_efficient_gpt_server.registry.variants import HOST, Kind, VariantKey
+
+LEAST_RELOAD_S: Final = 0.05
+FREED_BY_SLEEP: Final = frozenset({Kind.WEIGHTS, Kind.KV, Kind.WORKSPACE, Kind.GRAPHS})
+
+
+class Way(StrEnum):
+    """How a victim gives its bytes back."""
+
+    EVICT = "evict"
+    SLEEP = "sleep"
+    DRAIN = "drain"
+
+
+@dataclass(frozen=True, slots=True)
+class Victims:
+    """The chosen ones. `covered`: whether their bytes are enough."""
+
+    ways: Mapping[VariantKey, Way]
+    covered: bool
+
+    def by(self, way: Way) -> tuple[VariantKey, ...]:
+        """Those that go this way, the most willing first."""
+        return tuple([key for key, its_way in self.ways.items() if its_way is way])
+
+
+def choose_victims(
+    view: RegistryView,
+    deficits: Mapping[str, int],
+    now_s: float,
+    *,
+    exclude: Collection[VariantKey] = (),
+    host_room_bytes: int = 0,
+    allow_young: bool = False,
+    allow_busy: bool = False,
+) -> Victims:
+    """The fewest good victims that give back `deficits` (bytes by device, all positive).
+
+    Those of lower priority go first. Among equals the score decides: idle seconds / reload seconds x the
+    bytes that help. It is least recently used, corrected for what getting the model back costs and for how
+    far it helps: a model idle for twice as long goes first, unless it takes more than twice as long to reload
+    or frees less than half as much of what is missing. Who can be parked in `host_room_bytes` of host
+    memory sleeps instead of being unloaded. allow_young: also before min_residency_s is over. allow_busy:
+    also those in use and sleeping ones that someone waits for, after all idle ones.
+    """
+    candidates = [
+        record
+        for record in view.records.values()
+        if record.key not in exclude and _may_go(view, record, now_s, allow_young, allow_busy)
+    ]
+    if not candidates:
+        return Victims({}, covered=False)
+    ranked = sorted(candidates, key=lambda record: _rank(view, record, deficits, now_s))
+    chosen = _cover(view.ledger, ranked, deficits, 0 if HOST in deficits else host_room_bytes)
+    if not chosen.covered and chosen.by(Way.SLEEP):
+        return _cover(view.ledger, ranked, deficits, 0)
+    return chosen
+
+
+def load_rate(view: RegistryView) -> float:
+    """Bytes per second of the loads measured so far; the policy's guess before there was one."""
+    measured = [
+        (sum([amount.bytes for amount in r.measured.awake()]), r.timings.load_s)
+        for r in view.records.values()
+        if r.measured is not None and r.timings.load_s is not None
+    ]
+    seconds = sum([s for _, s in measured])
+    return sum([n for n, _ in measured]) / seconds if seconds > 0 else view.policy.load_bytes_per_s
+
+
+def reload_s(view: RegistryView, record: VariantRecord) -> float:
+    """Seconds to load the variant again, from its own last load or else from the rate of all loads."""
+    if record.timings.load_s is not None:
+        return record.timings.load_s
+    return sum([amount.bytes for amount in record.needs.awake()]) / load_rate(view)
+
+
+def held_by_device(ledger: Ledger, key: VariantKey) -> dict[str, int]:
+    """What ending the variant's process gives back, in bytes by device."""
+    held: dict[str, int] = {}
+    for e in ledger.of(key):
+        if e.stage is not Stage.LEAKED:
+            held[e.device] = held.get(e.device, 0) + e.bytes
+    return held
+
+
+def _may_go(
+    view: RegistryView, record: VariantRecord, now_s: float, allow_young: bool, allow_busy: bool
+) -> bool:
+    if record.state is State.ASLEEP:
+        allow_young = True  # it serves nobody: all it costs is host memory
+    elif record.state is not State.READY or (record.leases and not allow_busy):
+        return False
+    entry = view.entries[record.key.model_id]
+    if entry.pinned or (record.key in view.queue and not allow_busy):
+        return False
+    return allow_young or now_s - record.resident_since_s >= entry.min_residency_s
+
+
+def _rank(
+    view: RegistryView, record: VariantRecord, deficits: Mapping[str, int], now_s: float
+) -> tuple[bool, int, float]:
+    held = held_by_device(view.ledger, record.key)
+    helping_bytes = sum([min(held.get(device, 0), missing) for device, missing in deficits.items()])
+    idle_s = now_s - record.last_used_s
+    score = idle_s / max(reload_s(view, record), LEAST_RELOAD_S) * helping_bytes
+    busy = bool(record.leases) or record.key in view.queue
+    return busy, view.entries[record.key.model_id].priority, -score
+
+
+def _cover(
+    ledger: Ledger, ranked: list[VariantRecord], deficits: Mapping[str, int], host_room_bytes: int
+) -> Victims:
+    ways: dict[VariantKey, Way] = {}
+    frees: dict[VariantKey, dict[str, int]] = {}
+    missing = dict(deficits)
+    for record in ranked:
+        if all(n <= 0 for n in missing.values()):
+            break
+        way, freed = _way_of(ledger, record, host_room_bytes)
+        if not any(missing[device] > 0 and freed.get(device, 0) for device in missing):
+            continue
+        if way is Way.SLEEP:
+            host_room_bytes -= record.needs.weights_bytes
+        ways[record.key], frees[record.key] = way, freed
+        missing = {device: n - freed.get(device, 0) for device, n in missing.items()}
+    if any(n > 0 for n in missing.values()):
+        return Victims(ways, covered=False)
+    for key in list(reversed(ways)):  # the last one may have made an earlier, smaller one unnecessary
+        spare = {device: n + frees[key].get(device, 0) for device, n in missing.items()}
+        if all(n <= 0 for n in spare.values()):
+            del ways[key]
+            missing = spare
+    return Victims(ways, covered=True)
+
+
+def _way_of(ledger: Ledger, record: VariantRecord, host_room_bytes: int) -> tuple[Way, dict[str, int]]:
+    """How the victim would go, and the bytes that frees by device."""
+    if record.leases:
+        return Way.DRAIN, held_by_device(ledger, record.key)
+    if record.state is State.READY and can_park(record, host_room_bytes):
+        device = record.needs.device
+        return Way.SLEEP, {device: sum([e.bytes for e in ledger.of(record.key) if e.kind in FREED_BY_SLEEP])}
+    return Way.EVICT, held_by_device(ledger, record.key)
+
+
+def can_park(record: VariantRecord, host_room_bytes: int) -> bool:
+    """Whether the variant can sleep and its weights fit into that much host memory."""
+    return record.needs.can_sleep and record.needs.weights_bytes <= host_room_bytes

@@ -1,0 +1,261 @@
+"""What must be true of the registry after every event, checked against what really happened.
+
+Purpose: an account of its own of leases, waiters, processes and bytes, kept from events and effects alone.
+Does not know: how the registry decides.
+Invariant: the first broken rule raises AssertionError.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from memory_efficient_gpt_server.registry.effects import (
+    Abort,
+    AbortReason,
+    Effect,
+    Finish,
+    GrantLease,
+    Refuse,
+    StartLoad,
+    StartSleep,
+    StartUnload,
+    UnloadReason,
+)
+from memory_efficient_gpt_server.registry.events import (
+    AdminUnload,
+    Asked,
+    BudgetPatched,
+    Event,
+    KvMoved,
+    LeaseReleased,
+    Left,
+    Loaded,
+    Measured,
+    ProcessGone,
+    Slept,
+    UnloadMode,
+    Woke,
+    WorkerDied,
+)
+from memory_efficient_gpt_server.registry.ledger import Stage
+from memory_efficient_gpt_server.registry.records import RegistryState
+from memory_efficient_gpt_server.registry.states import State
+from memory_efficient_gpt_server.registry.variants import VariantKey
+from tests.server.registry.fake_workers import FakeWorkers
+
+MEASURES = (Loaded, Woke, Slept, Measured, ProcessGone, KvMoved, BudgetPatched)
+"""Events that tell the ledger what is, so that it may show more than the budget."""
+
+BUSY_STATES = frozenset({State.LOADING, State.SLEEPING, State.WAKING, State.DRAINING, State.UNLOADING})
+
+
+@dataclass(slots=True)
+class Auditor:
+    """Its own books. longest_use_s: no lease is held longer; tick_s: time between ticks at most."""
+
+    workers: FakeWorkers
+    longest_use_s: float
+    tick_s: float
+    waiting: dict[int, tuple[VariantKey, float]] = field(default_factory=dict)
+    """Waiter or operation -> its variant and the latest time for its answer."""
+    leases: dict[int, VariantKey] = field(default_factory=dict)
+    ready_s: dict[VariantKey, float] = field(default_factory=dict)
+    over_since_s: dict[str, float] = field(default_factory=dict)
+    first_in_line: tuple[VariantKey, float] | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def expect(self, waiter: int, key: VariantKey, deadline_s: float) -> None:
+        """Somebody asks and must be answered by then."""
+        assert waiter not in self.waiting, "an id was used twice"
+        self.waiting[waiter] = (key, deadline_s)
+
+    def before(self, event: Event) -> None:
+        """Book what the event itself does."""
+        match event:
+            case LeaseReleased(lease, _):
+                self.leases.pop(lease, None)
+            case Left(waiter, _):
+                self.waiting.pop(waiter, None)
+                self.leases.pop(waiter, None)
+            case Loaded(key, _) | Woke(key, _):
+                self.ready_s[key] = -1.0
+            case _:
+                pass
+
+    def effect(
+        self, effect: Effect, event: Event, old: RegistryState, new: RegistryState, now_s: float
+    ) -> None:
+        """One effect, in its order."""
+        match effect:
+            case GrantLease(waiter, key):
+                self._answered(waiter, now_s)
+                assert self.workers.workers[key].phase == "ready", f"a lease on {self.workers.workers[key]}"
+                self.leases[waiter] = key
+            case Refuse(waiter, kind):
+                self._answered(waiter, now_s)
+                self.counts[f"refused: {kind}"] += 1
+            case Finish(operation):
+                self._answered(operation, now_s)
+            case Abort(lease, key, reason):
+                assert self.leases.pop(lease) == key, "the lease was another model's"
+                self._check_abort(key, reason, event, old, now_s)
+            case StartUnload(key, reason) | StartSleep(key, reason):
+                self._check_dismissal(key, reason, old, new, now_s)
+            case StartLoad(key, _):
+                assert any(k == key for k, _ in self.waiting.values()), f"{key} is loaded for nobody"
+            case _:
+                pass
+        self.counts[type(effect).__name__] += 1
+
+    def after(self, event: Event, old: RegistryState, new: RegistryState, now_s: float) -> None:
+        """The new state against the books and the machine."""
+        new.check_integrity()
+        self._check_leases(new)
+        self._check_waiters(new, now_s)
+        self._check_drains(old, new, now_s)
+        for device in new.ledger.budgets:
+            self._check_device(device, event, old, new, now_s)
+        for key, ready_s in self.ready_s.items():
+            if ready_s < 0:
+                self.ready_s[key] = now_s
+
+    def check_not_stuck(self, state: RegistryState, now_s: float) -> None:
+        """If nothing moves and nobody uses anything, nobody may be waiting for what could be loaded.
+
+        Without this, refusals at the deadline would hide a registry that has come to a standstill.
+        """
+        if not state.queue.groups or self.leases or state.churn.wait_s(now_s) > 0:
+            return
+        for record in state.records.values():
+            entry = state.entries[record.key.model_id]
+            young = now_s - record.resident_since_s < entry.min_residency_s
+            if record.state in BUSY_STATES or (record.state is State.READY and young):
+                return
+        raise AssertionError(f"nothing moves and yet {list(map(str, state.queue.groups))} wait")
+
+    def check_empty(self, state: RegistryState) -> None:
+        """Everything was unloaded: nobody has a byte, nobody waits, no process is left."""
+        assert not self.waiting, f"never answered: {self.waiting}"
+        assert not self.leases, f"never ended: {self.leases}"
+        assert not self.workers.workers, f"still there: {self.workers.workers}"
+        assert not state.ledger.entries, f"bytes are left: {state.ledger.entries}"
+        assert not state.queue.groups, "a queue for nothing is left"
+        assert not any(state.ledger.used.values()) and not any(state.ledger.freeing.values())
+
+    def check_first_in_line(self, state: RegistryState, now_s: float) -> None:
+        """The group that is first in line and has lost patience is loaded soon, however busy others are.
+
+        Soon: after a load under way, the longest use and residency of victims, their unloading, and a churn
+        window.
+        """
+        order = state.queue.in_order(now_s, state.policy.patience_s, lambda key: 0)
+        first = next((k for k in order if state.records[k].state in (State.QUEUED, State.ASLEEP)), None)
+        if first is None or not state.queue.impatient(first, now_s, state.policy.patience_s):
+            self.first_in_line = None
+        elif self.first_in_line is None or self.first_in_line[0] != first:
+            self.first_in_line = (first, now_s)
+        else:
+            waited_s = now_s - self.first_in_line[1]
+            bound_s = self.longest_use_s + 30.0 + 2 * self.tick_s + state.policy.churn_window_s
+            assert waited_s <= bound_s, f"{first} is first in line for {waited_s} s"
+
+    # ---- rules
+
+    def _answered(self, waiter: int, now_s: float) -> None:
+        assert waiter in self.waiting, f"{waiter} is answered twice, or did not ask"
+        _, deadline_s = self.waiting.pop(waiter)
+        assert now_s <= deadline_s, f"{waiter} is answered {now_s - deadline_s:.1f} s too late"
+
+    def _check_abort(
+        self, key: VariantKey, reason: AbortReason, event: Event, old: RegistryState, now_s: float
+    ) -> None:
+        self.counts[f"aborted: {reason}"] += 1
+        match reason:
+            case AbortReason.ADMIN:
+                assert isinstance(event, AdminUnload) and event.mode is UnloadMode.ABORT and event.key == key
+            case AbortReason.WORKER_DIED:
+                assert isinstance(event, WorkerDied) and event.key == key
+            case AbortReason.DRAIN_DEADLINE:
+                if isinstance(event, AdminUnload) and event.key == key:
+                    return  # a deadline of 0 s
+                deadline_s = old.records[key].drain_deadline_s
+                assert deadline_s is not None and deadline_s <= now_s, "a stream was cut before its deadline"
+
+    def _check_dismissal(
+        self, key: VariantKey, reason: UnloadReason, old: RegistryState, new: RegistryState, now_s: float
+    ) -> None:
+        """A dismissed model has no lease; what pins and residency promise is kept."""
+        assert key not in self.leases.values(), f"{key} is dismissed ({reason}) under someone's lease"
+        self.counts[f"dismissed: {reason}"] += 1
+        if reason not in (UnloadReason.BUDGET, UnloadReason.TTL):
+            return
+        entry = new.entries[key.model_id]
+        assert not entry.pinned, f"{key} is pinned and goes for {reason}"
+        if reason is UnloadReason.BUDGET and old.records[key].state not in (State.SLEEPING, State.ASLEEP):
+            resident_s = now_s - self.ready_s[key]
+            assert resident_s >= entry.min_residency_s, f"{key} was evicted after {resident_s} s"
+
+    def _check_drains(self, old: RegistryState, new: RegistryState, now_s: float) -> None:
+        """Models in use are drained for others only after patience, and are cut when a deadline says so."""
+        for key, record in new.records.items():
+            if record.state is not State.DRAINING:
+                continue
+            deadline_s = record.drain_deadline_s
+            assert deadline_s is None or now_s < deadline_s, f"{key} drains past its deadline"
+            began = old.records[key].state is State.READY
+            if began and record.drain_for is not None:
+                patience_s = new.policy.patience_s
+                assert new.queue.impatient(record.drain_for, now_s, patience_s), f"{key} drains too early"
+                self.counts["drained for another model"] += 1
+
+    def _check_leases(self, new: RegistryState) -> None:
+        total = 0
+        for record in new.records.values():
+            total += len(record.leases)
+        assert total == len(self.leases), "the registry counts other leases than there are"
+        for lease, key in self.leases.items():
+            assert lease in new.records[key].leases, f"lease {lease} of {key} is lost"
+
+    def _check_waiters(self, new: RegistryState, now_s: float) -> None:
+        for waiter, (key, deadline_s) in self.waiting.items():
+            assert now_s <= deadline_s, f"{waiter} waits for {key} since {now_s - deadline_s:.1f} s too long"
+        queued = sum(map(len, new.queue.groups.values()))
+        told_later = sum(len(r.operations) + (r.sleeper is not None) for r in new.records.values())
+        assert queued + told_later == len(self.waiting), "somebody who waits is forgotten"
+
+    def _check_device(
+        self, device: str, event: Event, old: RegistryState, new: RegistryState, now_s: float
+    ) -> None:
+        used, held = new.ledger.used[device], self.workers.held_bytes(device)
+        assert used >= held, f"{device}: {held} bytes are in use and {used} are booked"
+        grew = used > old.ledger.used[device]
+        if grew and not isinstance(event, MEASURES):
+            assert new.ledger.available_bytes(device) >= 0, f"{device}: reserved beyond the budget"
+        over_bytes = new.ledger.overcommitted_bytes(device)
+        if over_bytes > old.ledger.overcommitted_bytes(device):
+            assert isinstance(event, MEASURES), f"{device} is overcommitted by {type(event).__name__}"
+            self.counts["overcommitted"] += 1
+        if over_bytes == 0 or self._explained(device, new):
+            self.over_since_s.pop(device, None)
+            return
+        since_s = self.over_since_s.setdefault(device, now_s)
+        bound_s = 2 * self.longest_use_s + 30.0 + 4 * self.tick_s
+        assert now_s - since_s <= bound_s, f"{device} is overcommitted for {now_s - since_s:.1f} s"
+
+    def _explained(self, device: str, state: RegistryState) -> bool:
+        """Whether leaks and pinned models alone are more than the budget: then nothing can be done."""
+        fixed = 0
+        for owner, entries in state.ledger.entries.items():
+            record = state.records[owner] if isinstance(owner, VariantKey) else None
+            stays = record is None or state.entries[record.key.model_id].pinned
+            for e in entries:
+                if e.device == device and (stays or e.stage is Stage.LEAKED):
+                    fixed += e.bytes
+        return fixed > state.ledger.budgets[device].total_bytes
+
+
+def deadline_of(event: Asked, now_s: float, max_wait_s: float, tick_s: float) -> float:
+    """When an asker must have its answer at the latest."""
+    wait_s = max_wait_s if event.wait_s is None else min(event.wait_s, max_wait_s)
+    return now_s + wait_s + tick_s + 1e-6

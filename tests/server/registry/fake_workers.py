@@ -1,0 +1,223 @@
+"""Worker processes that exist only as bytes and scheduled news.
+
+Purpose: run the registry's effects with random times, failures, crashes, leaks and measurements.
+Does not know: who asked for what; what the registry believes.
+Invariant: `held_bytes` is what the machine's memory really holds at this time, whatever the ledger says.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeAlias
+
+from memory_efficient_gpt_server.registry.effects import (
+    Effect,
+    GrowKv,
+    MoveKv,
+    StartLoad,
+    StartSleep,
+    StartUnload,
+    StartWake,
+)
+from memory_efficient_gpt_server.registry.events import (
+    Event,
+    KvMoved,
+    LeaksCleared,
+    Loaded,
+    LoadFailed,
+    Measured,
+    ProcessGone,
+    Slept,
+    Woke,
+    WorkerDied,
+)
+from memory_efficient_gpt_server.registry.variants import HOST, Estimate, VariantKey, per_device
+
+LONGEST_LOAD_S = 12.0
+LONGEST_UNLOAD_S = 3.0
+LONGEST_COPY_S = 2.0
+"""To or from host memory."""
+
+News: TypeAlias = Callable[[], Event | None]
+"""What is told when its time has come; None: it has become pointless."""
+
+
+@dataclass(slots=True)
+class FakeWorker:
+    """One process. phase: loading, ready, sleeping, asleep, waking or ending; held: bytes by device."""
+
+    phase: str
+    held: dict[str, int]
+    kv_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Nature:
+    """What a variant is really like, whatever was estimated: size, and how likely things go wrong."""
+
+    size: Estimate
+    load_s: float
+    fails: float
+    crashes: float
+    leaks: float
+    swells: float
+
+
+@dataclass(slots=True)
+class FakeWorkers:
+    """All processes of one machine. `later(delay_s, news)` schedules what they tell."""
+
+    rng: random.Random
+    natures: dict[VariantKey, Nature]
+    later: Callable[[float, News], None]
+    workers: dict[VariantKey, FakeWorker] = field(default_factory=dict)
+    leaked: dict[VariantKey, dict[str, int]] = field(default_factory=dict)
+
+    def held_bytes(self, device: str) -> int:
+        """What is really in use."""
+        total = 0
+        for worker in self.workers.values():
+            total += worker.held.get(device, 0)
+        for leaks in self.leaked.values():
+            total += leaks.get(device, 0)
+        return total
+
+    def run(self, effect: Effect) -> None:
+        """Do what the registry wants. Raises AssertionError if no worker could."""
+        match effect:
+            case StartLoad(key, reserved):
+                self._load(key, reserved)
+            case StartUnload(key, _):
+                self._unload(key)
+            case StartSleep(key, _):
+                self._sleep(key)
+            case StartWake(key):
+                self._wake(key)
+            case GrowKv(key, size):
+                worker = self._in_phase(key, "ready")
+                worker.kv_bytes += size
+                worker.held[self.natures[key].size.device] += size
+            case MoveKv(source, target, size):
+                self._in_phase(source, "ready")
+                self.later(self.rng.uniform(0.05, 2.0), lambda: self._moved(source, target, size))
+            case _:
+                raise AssertionError(f"{effect} is nothing for a worker")
+
+    def remeasure(self, key: VariantKey) -> Measured | None:
+        """A ready worker has grown by itself."""
+        worker = self.workers.get(key)
+        if worker is None or worker.phase != "ready":
+            return None
+        size = self.natures[key].size
+        size = replace(
+            size, kv_bytes=worker.kv_bytes, graphs_bytes=size.graphs_bytes + self.rng.randint(0, 6)
+        )
+        worker.held = per_device(size.awake())
+        return Measured(key, size)
+
+    def clear_leaks(self, key: VariantKey) -> LeaksCleared | None:
+        """What was leaked is free after all."""
+        return LeaksCleared(key) if self.leaked.pop(key, None) else None
+
+    def _in_phase(self, key: VariantKey, phase: str) -> FakeWorker:
+        worker = self.workers.get(key)
+        assert worker is not None and worker.phase == phase, f"{key} is {worker}, not {phase}"
+        return worker
+
+    def _load(self, key: VariantKey, reserved: Estimate) -> None:
+        assert key not in self.workers, f"{key} is loaded twice"
+        nature, rng = self.natures[key], self.rng
+        worker = self.workers[key] = FakeWorker("loading", per_device(reserved.awake()))
+        delay_s = nature.load_s * rng.uniform(0.8, 1.3)
+        if rng.random() < nature.fails:
+            self.later(
+                delay_s * rng.random(), self._while(key, worker, lambda: LoadFailed(key, "bad checkpoint"))
+            )
+        elif rng.random() < nature.crashes:
+            self.later(delay_s * rng.random(), self._while(key, worker, lambda: WorkerDied(key, "killed")))
+        else:
+            self.later(delay_s, self._while(key, worker, lambda: self._loaded(key, worker)))
+
+    def _loaded(self, key: VariantKey, worker: FakeWorker) -> Event:
+        measured = self._become_ready(key, worker)
+        if self.rng.random() < self.natures[key].crashes:
+            self.later(self.rng.uniform(0, 30), self._while(key, worker, lambda: WorkerDied(key, "segfault")))
+        return Loaded(key, measured)
+
+    def _become_ready(self, key: VariantKey, worker: FakeWorker) -> Estimate:
+        nature = self.natures[key]
+        measured = nature.size
+        if self.rng.random() < nature.swells:
+            measured = replace(measured, workspace_bytes=measured.workspace_bytes + self.rng.randint(1, 40))
+        if worker.phase != "ending":
+            worker.phase = "ready"
+        worker.held, worker.kv_bytes = per_device(measured.awake()), measured.kv_bytes
+        return measured
+
+    def _unload(self, key: VariantKey) -> None:
+        worker = self.workers.get(key)
+        assert worker is not None and worker.phase != "ending", f"{key} is ended twice, or never began"
+        worker.phase = "ending"
+        self.later(self.rng.uniform(0.01, LONGEST_UNLOAD_S), lambda: self._gone(key))
+
+    def _gone(self, key: VariantKey) -> Event:
+        worker, leaked = self.workers.pop(key), {}
+        if self.rng.random() < self.natures[key].leaks:
+            leaked = {device: size // 8 for device, size in worker.held.items() if size >= 8}
+            mine = self.leaked.setdefault(key, {})
+            for device, size in leaked.items():
+                mine[device] = mine.get(device, 0) + size
+            if self.rng.random() < 0.6:
+                self.later(self.rng.uniform(1, 20), lambda: self.clear_leaks(key))
+        return ProcessGone(key, leaked)
+
+    def _sleep(self, key: VariantKey) -> None:
+        worker, size = self._in_phase(key, "ready"), self.natures[key].size
+        worker.phase = "sleeping"
+        parked = size.weights_bytes
+        worker.held[HOST] = worker.held.get(HOST, 0) + parked
+        context = size.context_bytes + self.rng.randint(0, 1)
+
+        def slept() -> Event:
+            worker.phase = "asleep" if worker.phase == "sleeping" else worker.phase
+            worker.held = {size.device: context, HOST: size.host_bytes + parked}
+            return Slept(key, context)
+
+        self._finish_copy(key, worker, slept)
+
+    def _wake(self, key: VariantKey) -> None:
+        worker = self._in_phase(key, "asleep")
+        worker.phase = "waking"
+        self._finish_copy(key, worker, lambda: Woke(key, self._become_ready(key, worker)))
+
+    def _finish_copy(self, key: VariantKey, worker: FakeWorker, done: News) -> None:
+        if self.rng.random() < self.natures[key].crashes:
+            done = partial(WorkerDied, key, "died while copying")
+        self.later(self.rng.uniform(0.01, LONGEST_COPY_S), self._while(key, worker, done))
+
+    def _moved(self, source: VariantKey, target: VariantKey, size: int) -> Event | None:
+        giver, taker = self.workers.get(source), self.workers.get(target)
+        if giver is None or giver.phase != "ready":
+            return None
+        moved = min(size, giver.kv_bytes)
+        device = self.natures[source].size.device
+        giver.kv_bytes -= moved
+        giver.held[device] -= moved
+        if taker is None or taker.phase != "ready":
+            return KvMoved(source, None, moved)
+        taker.kv_bytes += moved
+        taker.held[device] += moved
+        return KvMoved(source, target, moved)
+
+    def _while(self, key: VariantKey, worker: FakeWorker, news: News) -> News:
+        """News that a process that is being ended sends only now and then, and one that is gone never."""
+
+        def told() -> Event | None:
+            if self.workers.get(key) is not worker:
+                return None
+            return None if worker.phase == "ending" and self.rng.random() < 0.5 else news()
+
+        return told

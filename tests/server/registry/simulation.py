@@ -1,0 +1,316 @@
+"""Random lives of a registry: clients, administrators and workers on a simulated clock.
+
+Purpose: run the registry's core through states that nobody would think of, and check it after every event.
+Does not know: asyncio, real time.
+Invariant: a seed decides everything; the same seed gives the same run, event by event.
+
+    PYTHONPATH=engine:server:. python -m tests.server.registry.simulation --runs 100000 --seed 0
+    PYTHONPATH=engine:server:. python -m tests.server.registry.simulation --replay 4711
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import random
+import sys
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+
+from tqdm import tqdm
+
+from memory_efficient_gpt_server.registry.effects import Abort, Effect, Finish, GrantLease, Refuse
+from memory_efficient_gpt_server.registry.events import (
+    AdminLoad,
+    AdminSleep,
+    AdminUnload,
+    AdminWake,
+    Asked,
+    BudgetPatched,
+    Event,
+    KvWanted,
+    LeaseReleased,
+    Left,
+    Patched,
+    Tick,
+    UnloadMode,
+)
+from memory_efficient_gpt_server.registry.ledger import Budget
+from memory_efficient_gpt_server.registry.load_queue import FailureRule
+from memory_efficient_gpt_server.registry.records import Policy, RegistryState
+from memory_efficient_gpt_server.registry.reducer import step
+from memory_efficient_gpt_server.registry.states import State
+from memory_efficient_gpt_server.registry.variants import HOST, Estimate, ModelEntry, VariantKey
+from tests.server.registry.auditor import Auditor, deadline_of
+from tests.server.registry.fake_workers import FakeWorkers, Nature, News
+
+LONGEST_USE_S = 20.0
+HORIZON_S = 5_000.0
+"""A run that is not over by then never will be."""
+
+
+@dataclass(slots=True)
+class Simulation:
+    """One run. `log`: where each event and its effects are told, if anywhere."""
+
+    seed: int
+    log: bool = False
+    now_s: float = 0.0
+    num_events: int = 0
+    _heap: list[tuple[float, int, News]] = field(default_factory=list)
+    _pushed: int = 0
+    _last_id: int = 0
+
+    rng: random.Random = field(init=False)
+    state: RegistryState = field(init=False)
+    workers: FakeWorkers = field(init=False)
+    auditor: Auditor = field(init=False)
+    estimates: dict[VariantKey, Estimate] = field(init=False)
+    tick_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        rng = self.rng = random.Random(self.seed)
+        self.tick_s = rng.choice((2.0, 4.0, 8.0))
+        budgets = {HOST: Budget(rng.randint(60, 400), rng.randint(0, 15))}
+        for index in range(rng.choice((1, 1, 1, 2))):
+            budgets[f"cuda:{index}"] = Budget(rng.randint(100, 220), rng.randint(0, 25))
+        devices = [*budgets, "cuda:0", "cuda:0"]
+        entries = [_entry(rng, f"m{i}") for i in range(rng.randint(2, 5))]
+        natures: dict[VariantKey, Nature] = {}
+        self.estimates = {}
+        for entry in entries:
+            for quantization in (None, "int4")[: rng.choice((1, 1, 2))]:
+                key = VariantKey(entry.id, quantization)
+                self.estimates[key] = _estimate(rng, rng.choice(devices))
+                natures[key] = _nature(rng, self.estimates[key])
+        self.state = RegistryState.initial(budgets, {e.id: e for e in entries}, _policy(rng))
+        self.workers = FakeWorkers(rng, natures, self._later)
+        self.auditor = Auditor(self.workers, LONGEST_USE_S, self.tick_s)
+
+    def run(self) -> Counter[str]:
+        """Live through it. Raises AssertionError, or what the registry raised, at the first broken rule."""
+        self._schedule_clients()
+        self._later(self.tick_s, self._tick)
+        self._until_quiet()
+        self._unload_everything()
+        self._until_quiet()
+        for key in list(self.workers.leaked):
+            if (cleared := self.workers.clear_leaks(key)) is not None:
+                self._feed(cleared)
+        self.auditor.check_empty(self.state)
+        return self.auditor.counts
+
+    # ---- the clock
+
+    def _later(self, delay_s: float, news: News) -> None:
+        self._pushed += 1
+        heapq.heappush(self._heap, (self.now_s + delay_s, self._pushed, news))
+
+    def _until_quiet(self) -> None:
+        """Until nothing but ticks would happen and nobody waits."""
+        while len(self._heap) > 1 or self.auditor.waiting or self.auditor.leases:
+            self.now_s, _, news = heapq.heappop(self._heap)
+            assert self.now_s < HORIZON_S, "the run does not come to an end"
+            event = news()
+            if event is not None:
+                self._feed(event)
+
+    def _tick(self) -> Event:
+        self._later(self.tick_s, self._tick)
+        return Tick()
+
+    def _feed(self, event: Event) -> None:
+        self.num_events += 1
+        old, now_s = self.state, self.now_s
+        self.auditor.before(event)
+        self.state, effects = step(old, event, now_s)
+        if self.log:
+            _tell(now_s, event, effects, self.state)
+        if self.num_events % 16 == 0:
+            assert step(old, event, now_s) == (self.state, effects), "the same step gave something else"
+        for effect in effects:
+            self.auditor.effect(effect, event, old, self.state, now_s)
+            self._obey(effect)
+        self.auditor.after(event, old, self.state, now_s)
+        if isinstance(event, Tick):
+            self.auditor.check_not_stuck(self.state, now_s)
+            self.auditor.check_first_in_line(self.state, now_s)
+
+    def _obey(self, effect: Effect) -> None:
+        match effect:
+            case GrantLease(waiter, key):
+                released = LeaseReleased(waiter, key) if self.rng.random() < 0.9 else Left(waiter, key)
+                self._later(self.rng.uniform(0.0, LONGEST_USE_S), lambda: released)
+            case Abort(_, key, _):
+                if self.rng.random() < 0.5:  # it resumes with a new request
+                    self._later(0.0, lambda: self._ask(key))
+            case Refuse() | Finish():
+                pass
+            case _:
+                self.workers.run(effect)
+
+    # ---- who asks
+
+    def _schedule_clients(self) -> None:
+        rng, keys = self.rng, list(self.estimates)
+        length_s = rng.choice((10.0, 60.0, 150.0))
+        for _ in range(rng.randint(10, 32)):
+            key = keys[min(int(rng.expovariate(0.8)), len(keys) - 1)]
+            self._later(rng.uniform(0, length_s), partial(self._ask, key))
+        if rng.random() < 0.25:  # one model is never idle
+            for second in range(0, 100, 5):
+                self._later(second, partial(self._ask, keys[0]))
+        for _ in range(rng.randint(0, 9)):
+            key = rng.choice(keys)
+            self._later(rng.uniform(0, length_s), partial(self._wish, key))
+
+    def _new_id(self, key: VariantKey, deadline_s: float) -> int:
+        self._last_id += 1
+        self.auditor.expect(self._last_id, key, deadline_s)
+        return self._last_id
+
+    def _ask(self, key: VariantKey) -> Event:
+        rng = self.rng
+        wait_s = None if rng.random() < 0.8 else rng.choice((0.0, 3.0, 30.0))
+        event = Asked(self._last_id + 1, key, self.estimates[key], wait_s)
+        max_wait_s = self.state.policy.max_wait_s
+        waiter = self._new_id(key, deadline_of(event, self.now_s, max_wait_s, self.tick_s))
+        if rng.random() < 0.2:
+            self._later(rng.uniform(0.0, 15.0), lambda: Left(waiter, key))
+        return event
+
+    def _wish(self, key: VariantKey) -> Event | None:
+        """Something that an administrator or a worker wants."""
+        rng = self.rng
+        wish = rng.choice((0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 8))
+        if wish < 5:
+            return self._operation(key, wish)
+        if wish == 5:
+            entry = self.state.entries[key.model_id]
+            return Patched(replace(entry, pinned=not entry.pinned, ttl_s=rng.choice((None, 5.0))))
+        if wish == 6:
+            device = rng.choice(list(self.state.ledger.budgets))
+            return BudgetPatched(device, Budget(rng.randint(60, 220), rng.randint(0, 20)))
+        return KvWanted(key, rng.choice((10, 200))) if wish == 7 else self.workers.remeasure(key)
+
+    def _operation(self, key: VariantKey, wish: int) -> Event:
+        rng, max_wait_s = self.rng, self.state.policy.max_wait_s
+        operation = self._new_id(key, self.now_s + max_wait_s + LONGEST_USE_S + 10.0 + self.tick_s)
+        match wish:
+            case 0:
+                return AdminLoad(operation, key, self.estimates[key])
+            case 1 | 2:
+                mode = rng.choice(list(UnloadMode))
+                return AdminUnload(operation, key, mode, rng.choice((None, 0.0, 5.0)))
+            case 3:
+                return AdminSleep(operation, key)
+            case _:
+                return AdminWake(operation, key)
+
+    def _unload_everything(self) -> None:
+        for entry in self.state.entries.values():
+            self._feed(Patched(replace(entry, pinned=False)))
+        for key in self.estimates:
+            operation = self._new_id(key, self.now_s + HORIZON_S)
+            self._feed(AdminUnload(operation, key, UnloadMode.DRAIN))
+
+
+def _entry(rng: random.Random, model_id: str) -> ModelEntry:
+    return ModelEntry(
+        id=model_id,
+        source=model_id,
+        pinned=rng.random() < 0.1,
+        ttl_s=rng.choice((None, None, 8.0, 30.0)),
+        min_residency_s=rng.choice((0.0, 0.0, 2.0, 10.0)),
+        priority=rng.choice((0, 0, 0, 1, 2)),
+        kv_soft_limit_bytes=rng.choice((None, 2, 8)),
+        kv_hard_limit_bytes=rng.choice((None, None, 30)),
+    )
+
+
+def _estimate(rng: random.Random, device: str) -> Estimate:
+    return Estimate(
+        device=device,
+        weights_bytes=rng.randint(5, 90),
+        kv_bytes=rng.randint(0, 25),
+        workspace_bytes=rng.randint(0, 8),
+        graphs_bytes=rng.randint(0, 4) if device != HOST else 0,
+        context_bytes=rng.randint(1, 5) if device != HOST else 0,
+        host_bytes=rng.randint(0, 6),
+        can_sleep=device != HOST and rng.random() < 0.8,
+    )
+
+
+def _nature(rng: random.Random, estimate: Estimate) -> Nature:
+    weights = int(estimate.weights_bytes * rng.choice((0.9, 1.0, 1.0, 1.0, 1.3)))
+    return Nature(
+        size=replace(estimate, weights_bytes=weights),
+        load_s=rng.uniform(0.1, 9.0),
+        fails=rng.choice((0.0, 0.0, 0.0, 0.05, 0.05, 0.3, 1.0 if rng.random() < 0.2 else 0.1)),
+        crashes=rng.choice((0.0, 0.0, 0.05, 0.2)),
+        leaks=rng.choice((0.0, 0.0, 0.2)),
+        swells=rng.choice((0.0, 0.0, 0.1, 0.5)),
+    )
+
+
+def _policy(rng: random.Random) -> Policy:
+    return Policy(
+        max_wait_s=rng.choice((10.0, 40.0, 90.0, 300.0)),
+        patience_s=rng.choice((0.0, 3.0, 10.0)),
+        max_waiters=rng.choice((6, 100)),
+        max_loads=rng.choice((1, 2, 4)),
+        most_swaps=rng.choice((1, 3, 20)),
+        churn_window_s=rng.choice((5.0, 20.0)),
+        most_records=rng.choice((2, 256, 256)),
+        failures=FailureRule(expiry_s=rng.choice((20.0, 200.0))),
+        load_bytes_per_s=10.0,
+    )
+
+
+def _tell(now_s: float, event: Event, effects: tuple[Effect, ...], state: RegistryState) -> None:
+    lines = [f"{now_s:8.2f} {_short(event)}", *(f"           -> {_short(effect)}" for effect in effects)]
+    alive = [f"{key} {r.state}" for key, r in state.records.items() if r.state is not State.UNLOADED]
+    lines.append(f"           {', '.join(alive)}; used {state.ledger.used}, waiting {len(state.queue)}")
+    tqdm.write("\n".join(lines), file=sys.stdout)
+
+
+def _short(news: Event | Effect) -> str:
+    shown = [f"{f.name}={getattr(news, f.name)!s:.90}" for f in fields(news) if f.name != "plan"]
+    return f"{type(news).__name__}({', '.join(shown)})"
+
+
+def _run_many(first_seed: int, runs: int) -> list[int]:
+    """Run the seeds; tells failing ones at once and the counts at the end. Returns the failing seeds."""
+    failed: list[int] = []
+    counts: Counter[str] = Counter()
+    num_events = 0
+    for seed in tqdm(range(first_seed, first_seed + runs), mininterval=2, unit="run"):
+        simulation = Simulation(seed)
+        try:
+            counts += simulation.run()
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong is the finding
+            failed.append(seed)
+            tqdm.write(f"seed {seed}: {type(error).__name__}: {error}; replay it with --replay {seed}")
+        num_events += simulation.num_events
+    for name, count in sorted(counts.items()):
+        tqdm.write(f"{count:12,} {name}")
+    tqdm.write(f"{runs:,} runs from seed {first_seed}, {num_events:,} events, {len(failed)} failed")
+    return failed
+
+
+def main() -> int:
+    """The command line; returns 1 if a run failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--runs", type=int, default=1000, help="number of runs")
+    parser.add_argument("--seed", type=int, default=0, help="the first run's; the next one counts on")
+    parser.add_argument("--replay", type=int, metavar="SEED", help="run one seed and tell every event")
+    arguments = parser.parse_args()
+    if arguments.replay is not None:
+        Simulation(arguments.replay, log=True).run()
+        return 0
+    return 1 if _run_many(arguments.seed, arguments.runs) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
