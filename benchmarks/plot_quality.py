@@ -27,14 +27,16 @@ def draw(record: dict[str, Any], axis: Any) -> None:
     """One record into one panel."""
     base = record["rows"][0]["perplexity"]
     outside: list[str] = []
+    losses = [100 * (row["perplexity"] / base - 1) for row in record["rows"][1:]]
+    top = min(MOST_PERCENT, 1.1 * max(losses))
     for prefix, label in FAMILIES.items():
         points = sorted(
             (row["bits"], 100 * (row["perplexity"] / base - 1), row["name"])
             for row in record["rows"][1:]
             if family(row["name"]) == prefix
         )
-        outside += [name for _, worse, name in points if worse > MOST_PERCENT]
-        points = [point for point in points if point[1] <= MOST_PERCENT]
+        outside += [name for _, worse, name in points if worse > top]
+        points = [point for point in points if point[1] <= top]
         if not points:
             continue
         bits, worse, names = zip(*points, strict=True)
@@ -44,7 +46,7 @@ def draw(record: dict[str, Any], axis: Any) -> None:
                 axis.annotate(name.removeprefix("bitsandbytes "), (x, y), fontsize=6, xytext=(3, 3),
                               textcoords="offset points")  # fmt: skip
     title = f"{record['model']}, {record['split']} books"
-    axis.set(xlabel="stored bits a weight", ylabel="perplexity, % above bf16", ylim=(-0.5, MOST_PERCENT))
+    axis.set(xlabel="stored bits a weight", ylabel="perplexity, % above bf16", ylim=(-0.05 * top, top))
     axis.set_title(title + (f"\nabove the panel: {', '.join(outside)}" if outside else ""), fontsize=8)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)

@@ -36,7 +36,7 @@ class EngineConfig:
     max_batched_tokens: tokens of one step; longer prompts are computed in chunks.
     num_threads: CPU threads of this engine; None leaves torch's choice.
     overlap: whether a step is launched before the last one's tokens are read; None: only on CUDA.
-    native_kernels: whether the C++ CPU kernels may be used.
+    native_kernels: whether own kernels may be used: C++ on CPUs, Triton on CUDA.
     tier: force "B" (packed paged) or "C" (transformers' own cache); None lets the probe decide.
     """
 

@@ -84,7 +84,7 @@ class ModelSettings(BaseModel):
     prefix_cache: bool = Field(True, description="whether prompts that begin alike share their KV blocks")
     num_threads: int | None = Field(None, ge=1, description="CPU threads; null: an equal share")
     overlap: bool | None = Field(None, description="launch a step before the last one is read; null: on CUDA")
-    native_kernels: bool = Field(True, description="whether the C++ CPU kernels may be used")
+    native_kernels: bool = Field(True, description="whether own kernels may be used: C++ on CPUs, Triton on CUDA")
     tier: Literal["B", "C"] | None = Field(None, description="force how it is run; null: the probe decides")
     debug_checks: bool = Field(False, description="check the engine's invariants at every step (slow)")
 

@@ -83,8 +83,9 @@ def test_where_texts_may_depend_on_the_batch_is_said() -> None:
 
 
 def test_a_float16_cache_on_a_cpu_is_refused_with_what_to_use() -> None:
-    with pytest.raises(ConfigError, match="float16 is for CUDA; on a CPU use auto, bfloat16"):
-        assemble_tiny(kv_cache_dtype="float16")
+    for dtype in ("float16", "fp8"):
+        with pytest.raises(ConfigError, match=f"{dtype} is for CUDA; on a CPU use auto, bfloat16"):
+            assemble_tiny(kv_cache_dtype=dtype)
 
 
 def test_float16_on_a_cpu_is_computed_in_bfloat16(tmp_path: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Final
+from typing import Final, cast
 
 import torch
 
@@ -21,12 +21,13 @@ def triton_obstacle(device: torch.device) -> str | None:
     """Why Triton kernels can't run on `device`, or None if they can."""
     if device.type != "cuda":
         return f"on {device.type}"
-    return _cuda_obstacle(device.index if device.index is not None else torch.cuda.current_device())
+    index = cast("int | None", device.index)  # torch's stub forgets that a device may have none
+    return _cuda_obstacle(torch.cuda.current_device() if index is None else index)
 
 
 @functools.cache
 def _cuda_obstacle(index: int) -> str | None:
-    if vars(torch.version).get("hip") is not None:
+    if torch.version.__dict__.get("hip") is not None:
         return "the Triton kernels are for NVIDIA GPUs"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"

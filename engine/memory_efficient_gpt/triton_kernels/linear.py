@@ -11,7 +11,6 @@ Letters: M rows, N outputs, K inputs.
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,9 +26,10 @@ from memory_efficient_gpt.triton_kernels.tiles import Tile, choose_tile
 DTYPES: Final = (torch.bfloat16, torch.float16)
 """Of x, for the fused kernel; other ones are multiplied densely."""
 _DEQUANTIZE_ROWS: Final = 64
-EARLY_START = os.environ.get("MEGPT_EARLY_START", "1") == "1"
-"""Whether kernels begin while the ones before them run (overlap.py)."""
+_LEAST_SUMS: Final = 1 << 20
+_LEAST_COUNTERS: Final = 4096
 _EARLY_MAJOR: Final = 9
+"""Compute capability from which a kernel can begin while the one before runs."""
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class _Workspace:
     counters: torch.Tensor
 
 
-_workspaces: dict[tuple[torch.device, int], _Workspace] = {}
+_workspaces: dict[tuple[torch.device, int], list[_Workspace]] = {}
 
 
 def quantized_linear(
@@ -99,31 +99,37 @@ def _launch(rows: torch.Tensor, weight: TritonWeight, bias: torch.Tensor | None,
     grid = (-(-m // tile.rows), padded // tile.outputs, splits)
     out = torch.empty((m, weight.num_outputs), dtype=rows.dtype, device=rows.device)
     work = _workspace(rows.device, grid[0] * grid[1], splits * tile.outputs * tile.rows if splits > 1 else 0)
-    kernel = few_rows_kernel if tile.few_rows else quantized_matmul_kernel
-    own = {"W" if tile.few_rows else "warps": tile.warps}
-    early = EARLY_START and _processor(rows.device)[0] >= _EARLY_MAJOR
+    arguments = (
+        rows, weight.codes, weight.scales, weight.offsets if weight.offsets is not None else weight.scales,
+        bias if bias is not None else rows, out, work.partial, work.counters,
+        m, weight.num_outputs, k, k, padded, spans, per_split, weight.unit,
+    )  # fmt: skip
+    constants = dict(
+        code=weight.code, group=weight.group_size or 0, asymmetric=weight.offsets is not None,
+        has_bias=bias is not None, even_k=k % SPAN == 0, splits=splits, BN=tile.outputs, BM=tile.rows,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     with torch.cuda.device(rows.device):
-        kernel[grid](
-            rows, weight.codes, weight.scales,
-            weight.offsets if weight.offsets is not None else weight.scales,
-            bias if bias is not None else rows, out, work.partial, work.counters,
-            m, weight.num_outputs, k, k, padded, spans, per_split, weight.unit,
-            code=weight.code, group=weight.group_size or 0, asymmetric=weight.offsets is not None,
-            has_bias=bias is not None, even_k=k % SPAN == 0, early=early, splits=splits,
-            BN=tile.outputs, BM=tile.rows, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=early, **own,
-        )  # fmt: skip
+        if tile.few_rows:
+            early = _processor(rows.device)[0] >= _EARLY_MAJOR
+            few_rows_kernel[grid](*arguments, **constants, early=early, W=tile.warps, launch_pdl=early)
+        else:
+            quantized_matmul_kernel[grid](*arguments, **constants)
     return out
 
 
 def _workspace(device: torch.device, tiles: int, sums_per_tile: int) -> _Workspace:
-    """At least so large; a larger one replaces it, and the smaller lives on in graphs that captured it."""
+    """At least so large. One that was outgrown is kept: a captured graph may write to it."""
     key = (device, torch.cuda.current_stream(device).cuda_stream)
-    found = _workspaces.get(key)
-    if found is None or found.partial.numel() < tiles * sums_per_tile or found.counters.numel() < tiles:
-        size = max(tiles * sums_per_tile, found.partial.numel() if found else 1 << 20)
-        count = max(tiles, found.counters.numel() if found else 4096)
-        found = _workspaces[key] = _Workspace(
-            torch.empty(size, dtype=torch.float32, device=device),
-            torch.zeros(count, dtype=torch.int32, device=device),
+    owned = _workspaces.setdefault(key, [])
+    if not owned or owned[-1].partial.numel() < tiles * sums_per_tile or owned[-1].counters.numel() < tiles:
+        last = owned[-1] if owned else None
+        sums = max(tiles * sums_per_tile, 2 * last.partial.numel() if last else _LEAST_SUMS)
+        counters = max(tiles, 2 * last.counters.numel() if last else _LEAST_COUNTERS)
+        owned.append(
+            _Workspace(
+                torch.empty(sums, dtype=torch.float32, device=device),
+                torch.zeros(counters, dtype=torch.int32, device=device),
+            )
         )
-    return found
+    return owned[-1]

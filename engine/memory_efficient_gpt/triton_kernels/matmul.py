@@ -18,7 +18,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memory_efficient_gpt.triton_kernels.overlap import begin
 from memory_efficient_gpt.triton_kernels.parameters import SPAN, load_scale, shift_of
 from memory_efficient_gpt.triton_kernels.splitting import finish
 from memory_efficient_gpt.triton_kernels.unpacking import unpack_slice
@@ -29,12 +28,10 @@ def quantized_matmul_kernel(
     x, codes, scales, offsets, bias, y, partial, counters,
     M, N, K, stride_x, P, spans, spans_per_split, unit,
     code: tl.constexpr, group: tl.constexpr, asymmetric: tl.constexpr, has_bias: tl.constexpr,
-    even_k: tl.constexpr, early: tl.constexpr,
-    splits: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, warps: tl.constexpr,
+    even_k: tl.constexpr, splits: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """y `[M, N]` = x `[M, K]` W^T + bias; W as packing.py has it. group 0: one scale an output.
 
-    early: on GPUs since Hopper, begin while the kernel before still runs.
     Grid (ceil(M / BM), P / BN, splits). For partial and counters see splitting.py.
     """
     half: tl.constexpr = x.dtype.element_ty == tl.float16
@@ -61,8 +58,6 @@ def quantized_matmul_kernel(
         if parts > 2:
             s2 = load_scale(scales, first, last, 2, group, P, rn)
             s3 = load_scale(scales, first, last, 3, group, P, rn)
-    if early:
-        begin(codes, first, last, output_tile, P, width, BN, warps)
     for span in range(first, last + 1):
         words = tl.load(codes + (span.to(tl.int64) * P + rn)[:, None] * width + ri[None, :],
                         eviction_policy="evict_first")  # fmt: skip

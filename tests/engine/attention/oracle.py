@@ -112,10 +112,13 @@ def expected(step: PagedStep, options: AttentionOptions) -> torch.Tensor:
 
 def stored_numbers(numbers: torch.Tensor, cache_dtype: torch.dtype) -> torch.Tensor:
     """What a cache of that type gives back for `numbers` `[n, H, D]`, in float64."""
-    if cache_dtype != torch.int8:
+    if cache_dtype not in (torch.int8, torch.float8_e4m3fn):
         return numbers.to(cache_dtype).double()
-    scale = numbers.float().abs().amax(dim=-1, keepdim=True) / 127
-    return ((numbers.float() / scale).round() * scale).double()
+    largest = 127 if cache_dtype is torch.int8 else 448
+    scale = numbers.float().abs().amax(dim=-1, keepdim=True) / largest
+    codes = numbers.float() / scale
+    codes = codes.round() if cache_dtype is torch.int8 else codes.to(cache_dtype).float()
+    return (codes * scale).double()
 
 
 def _one_token(
@@ -148,7 +151,7 @@ def _one_token(
 def _poisoned_cache(shape: Shape, num_blocks: int, block_size: int, dtype: torch.dtype) -> LayerCache:
     spec = LayerKV("layer", shape.kv_heads, shape.key_dim, shape.value_dim, shape.query_heads)
     pages = (num_blocks, block_size, shape.kv_heads)
-    if dtype == torch.int8:
+    if dtype in (torch.int8, torch.float8_e4m3fn):
         return LayerCache(
             spec,
             torch.full((*pages, shape.key_dim), 99, dtype=dtype),

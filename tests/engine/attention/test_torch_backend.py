@@ -30,7 +30,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 # The oracle sees the numbers as stored, so only the arithmetic differs: float32 throughout, or bfloat16
 # probabilities and outputs (2^-9 relative) with up to 60 keys.
-TOLERANCES = {torch.float32: 2e-6, torch.int8: 2e-6, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float32: 2e-6, torch.int8: 2e-6, torch.float8_e4m3fn: 2e-6, torch.bfloat16: 2e-2}
 
 
 def options_for(feature: str, query_heads: int) -> AttentionOptions:
@@ -118,18 +118,20 @@ def test_window_of_one_sees_only_the_token_itself() -> None:
     torch.testing.assert_close(got, step.value.repeat_interleave(2, dim=1))
 
 
-def test_int8_cache_stays_close_to_the_unquantized_one() -> None:
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.int8, 0.05), (torch.float8_e4m3fn, 0.2)], ids=str)
+def test_quantized_caches_stay_close_to_the_unquantized_one(dtype: torch.dtype, limit: float) -> None:
     backend = TorchBackend()
     options = options_for("plain", 4)
     exact = make_step(backend, *STEPS["mixed"])
-    rounded = make_step(backend, *STEPS["mixed"], cache_dtype=torch.int8)
+    rounded = make_step(backend, *STEPS["mixed"], cache_dtype=dtype)
     error = rounded.run(backend, options) - exact.run(backend, options)
-    assert 0 < error.abs().max() < 0.05
+    assert 0 < error.abs().max() < limit
 
 
-def test_int8_cache_stores_zero_vectors_exactly() -> None:
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_quantized_caches_store_zero_vectors_exactly(dtype: torch.dtype) -> None:
     backend = TorchBackend()
-    step = make_step(backend, [2], [2], cache_dtype=torch.int8)
+    step = make_step(backend, [2], [2], cache_dtype=dtype)
     step.key.zero_()
     step.value.zero_()
     assert torch.equal(step.run(backend, options_for("plain", 4)), torch.zeros(2, 4, 16))

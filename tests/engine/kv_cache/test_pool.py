@@ -26,14 +26,14 @@ def resident_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
 def test_caches_are_zeros_of_the_right_shape_and_size(dtype: torch.dtype) -> None:
     pool = KVPool(layers(2), 5, 16, dtype, CPU)
     for cache in pool.caches:
         assert cache.key.shape == (5, 16, 4, 64) and cache.value.shape == (5, 16, 4, 32)
         assert cache.key.dtype is cache.value.dtype is dtype
         assert not cache.key.any() and not cache.value.any() and cache.key.is_contiguous()
-        assert (cache.key_scale is not None) == (dtype is torch.int8)
+        assert (cache.key_scale is not None) == (dtype in (torch.int8, torch.float8_e4m3fn))
     held = [t for c in pool.caches for t in (c.key, c.value, c.key_scale, c.value_scale) if t is not None]
     assert sum(t.numel() * t.element_size() for t in held) == pool.num_bytes
     assert pool.num_bytes == 5 * block_bytes(layers(2), 16, dtype)
