@@ -2,8 +2,11 @@
 
 Purpose: hand out block numbers, count their owners, and find blocks whose content is already there.
 Does not know: tensors, requests, when a step runs.
-Invariant: used + evictable + free = num_blocks - 1 (block 0 is the trash block that padding writes
-to and that nobody owns); a block is in the prefix cache only when it is full and its content final.
+Invariant: used + evictable + free + withheld = num_blocks - 1 (block 0 is the trash block that padding
+writes to and that nobody owns); a block is in the prefix cache only when it is full and its content final.
+
+A limit below the number of blocks withholds the rest: nobody gets those, so their memory can be given back.
+Owned blocks are never taken away; they are withheld once their owners release them.
 
 A cached block's key is a keyed 128-bit hash of (parent key, tokens); the chain's root covers what
 else decides the content (model variant, adapter, cache salt). The key's secret is drawn at random,
@@ -31,7 +34,7 @@ class _Content:
 
 
 class BlockAllocator:
-    """Numbers 1..num_blocks-1, each free, evictable (cached, unowned) or owned by `refcount` tables."""
+    """Numbers 1..num_blocks-1: free, withheld, evictable (cached, unowned) or owned by `refcount` tables."""
 
     def __init__(
         self, num_blocks: int, block_size: int, *, prefix_cache: bool = True, secret: bytes | None = None
@@ -45,6 +48,9 @@ class BlockAllocator:
         self._refcounts = [0] * num_blocks
         self._free = list(range(num_blocks - 1, TRASH_BLOCK, -1))
         self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._limit = num_blocks - 1
+        self._withheld: set[int] = set()
+        self._newly_withheld: list[int] = []
         self._content: dict[int, _Content] = {}
         self._by_key: dict[bytes, int] = {}
 
@@ -52,6 +58,45 @@ class BlockAllocator:
     def num_free(self) -> int:
         """Blocks that `allocate` can hand out now, cached but unowned ones included."""
         return len(self._free) + len(self._evictable)
+
+    @property
+    def limit(self) -> int:
+        """How many blocks may be in use, cached ones included."""
+        return self._limit
+
+    @property
+    def num_over_limit(self) -> int:
+        """Owned blocks that the limit leaves no room for; they go as their owners release them."""
+        return self.num_blocks - 1 - len(self._withheld) - self._limit
+
+    def set_limit(self, limit: int) -> None:
+        """Let at most `limit` blocks be in use. Free ones go first, then the least recently used cached ones.
+
+        Raises ValueError unless 1 <= limit <= num_blocks - 1.
+        """
+        if not 1 <= limit < self.num_blocks:
+            raise ValueError(f"the limit must be 1..{self.num_blocks - 1} KV blocks, got {limit}")
+        self._limit = limit
+        if self.num_over_limit > 0:
+            self._free.sort(reverse=True)  # high numbers are withheld: whole pages of memory, low ones reused
+            going, self._free = self._free[: self.num_over_limit], self._free[self.num_over_limit :]
+            for block in going:
+                self._withhold(block)
+            while self.num_over_limit > 0 and self._evictable:
+                block, _ = self._evictable.popitem(last=False)
+                self._forget(block)
+                self._withhold(block)
+            return
+        returning = sorted(self._withheld)[: -self.num_over_limit]
+        self._withheld.difference_update(returning)
+        back = set(returning)
+        self._newly_withheld = [block for block in self._newly_withheld if block not in back]
+        self._free.extend(reversed(returning))
+
+    def take_withheld(self) -> list[int]:
+        """Blocks withheld since the last call, in ascending order: nobody reads or writes them any more."""
+        taken, self._newly_withheld = sorted(self._newly_withheld), []
+        return taken
 
     @property
     def num_cached(self) -> int:
@@ -96,7 +141,11 @@ class BlockAllocator:
             if self._refcounts[block] > 0:
                 continue
             assert self._refcounts[block] == 0, f"block {block} was released more often than owned"
-            if block in self._content:
+            if self.num_over_limit > 0:
+                if block in self._content:
+                    self._forget(block)
+                self._withhold(block)
+            elif block in self._content:
                 self._evictable[block] = None
             else:
                 self._free.append(block)
@@ -174,10 +223,18 @@ class BlockAllocator:
                     owned[block] += 1
         assert owned == self._refcounts, "refcounts differ from block-table occurrences"
         used = sum(1 for count in owned if count)
-        assert used + self.num_free == self.num_blocks - 1, "blocks were lost or duplicated"
+        withheld = len(self._withheld)
+        assert used + self.num_free + withheld == self.num_blocks - 1, "blocks were lost or duplicated"
+        assert self.num_over_limit <= used, "a free block exceeds the limit"
+        assert not self.num_free or self.num_over_limit <= 0, "a free block exceeds the limit"
         assert len(set(self._free) | set(self._evictable)) == self.num_free, "a block is free twice"
-        assert all(owned[block] == 0 for block in (*self._free, *self._evictable))
+        assert self._withheld.isdisjoint((*self._free, *self._evictable)), "a withheld block is free"
+        assert all(owned[block] == 0 for block in (*self._free, *self._evictable, *self._withheld))
         assert {self._by_key[c.key] for c in self._content.values()} == set(self._content)
+
+    def _withhold(self, block: int) -> None:
+        self._withheld.add(block)
+        self._newly_withheld.append(block)
 
     def _key(self, parent: bytes, packed_tokens: bytes) -> bytes:
         return hashlib.blake2b(parent + packed_tokens, key=self._secret, digest_size=16).digest()

@@ -9,7 +9,11 @@ Letters: N blocks, BS tokens of a block, H kv heads, D head size (key's and valu
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
+import mmap
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -22,6 +26,8 @@ from memory_efficient_gpt.kv_cache.geometry import LayerKV
 from memory_efficient_gpt.uploads import upload
 
 _SCALE_BYTES = 4
+_PAGE: Final = mmap.PAGESIZE
+_MADV_DONTNEED: Final = 4  # Linux's: the pages read as zeros afterwards
 QUANTIZED_DTYPES: Final = (torch.int8, torch.float8_e4m3fn)
 
 
@@ -81,6 +87,46 @@ class KVPool:
                 if tensor is not None:
                     bits = tensor.view(torch.uint8) if tensor.dtype is torch.float8_e4m3fn else tensor
                     bits[target] = bits[source]
+
+    def give_back(self, blocks: Sequence[int]) -> int:
+        """Give the memory of `blocks` (ascending, owned by nobody) back to the system; returns the bytes.
+
+        Their content is lost, to zeros where a page went; only whole pages go. They can be written again. Nothing
+        is given back, and 0 is returned, where pages can't be: on a GPU, on other systems than Linux.
+        """
+        if self.caches[0].key.device.type != "cpu" or sys.platform != "linux":
+            return 0
+        runs = _runs(blocks)
+        tensors = (t for c in self.caches for t in (c.key, c.value, c.key_scale, c.value_scale))
+        return sum(_release_pages(t, first, count) for t in tensors if t is not None for first, count in runs)
+
+
+def _runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as (first, count) of what is contiguous."""
+    runs: list[tuple[int, int]] = []
+    for block in blocks:
+        if runs and sum(runs[-1]) == block:
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((block, 1))
+    return runs
+
+
+def _release_pages(tensor: torch.Tensor, first: int, count: int) -> int:
+    """Tell the system that the pages wholly inside of blocks first..first+count-1 are not needed."""
+    size = tensor.stride(0) * tensor.element_size()
+    begin = tensor.data_ptr() + first * size
+    start, end = -(-begin // _PAGE) * _PAGE, (begin + count * size) // _PAGE * _PAGE
+    if end <= start:
+        return 0
+    if _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED) != 0:
+        raise OSError(ctypes.get_errno(), "madvise failed")
+    return end - start
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def _layer_cache(

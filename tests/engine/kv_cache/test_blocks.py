@@ -120,10 +120,60 @@ def test_random_operations_keep_the_invariants(seed: int) -> None:
             tables.append(copy)
         elif action < 0.98 and tables:
             allocator.release(tables.pop(rng.randrange(len(tables))))
-        else:
+        elif action < 0.99:
             allocator.clear_cache()
+        else:
+            allocator.set_limit(rng.randint(1, allocator.num_blocks - 1))
         allocator.check_integrity(tables)
     for table in tables:
         allocator.release(table)
     allocator.check_integrity([])
-    assert allocator.num_free == allocator.num_blocks - 1
+    assert allocator.num_free == allocator.limit
+
+
+def test_a_lower_limit_withholds_free_blocks_from_the_high_end() -> None:
+    allocator = BlockAllocator(9, 4)
+    owned = [allocator.allocate() for _ in range(2)]
+    allocator.set_limit(5)
+    assert allocator.num_free == 3 and allocator.num_over_limit == 0
+    assert allocator.take_withheld() == [6, 7, 8] and allocator.take_withheld() == []
+    assert sorted(owned + [allocator.allocate() for _ in range(3)]) == [1, 2, 3, 4, 5]
+
+
+def test_cached_blocks_go_after_free_ones_and_the_least_recently_used_first() -> None:
+    allocator = BlockAllocator(7, 2)
+    root = allocator.root_key("model")
+    old, new = _fill_chain(allocator, root, [1, 2]), _fill_chain(allocator, root, [3, 4])
+    allocator.release(old)
+    allocator.release(new)
+    allocator.set_limit(2)
+    assert len(allocator.match(root, [1, 2])) == 1 and len(allocator.match(root, [3, 4])) == 1
+    allocator.set_limit(1)
+    assert allocator.match(root, [1, 2]) == [] and len(allocator.match(root, [3, 4])) == 1
+
+
+def test_owned_blocks_are_withheld_when_they_are_released_and_found_no_more() -> None:
+    allocator = BlockAllocator(5, 2)
+    root = allocator.root_key("model")
+    blocks = _fill_chain(allocator, root, list(range(8)))
+    allocator.set_limit(3)
+    assert allocator.num_over_limit == 1 and allocator.num_free == 0
+    assert allocator.take_withheld() == []
+    allocator.release(blocks)
+    assert allocator.take_withheld() == blocks[-1:]
+    assert [b for b, _ in allocator.match(root, list(range(8)))] == blocks[:3]
+
+
+def test_a_higher_limit_returns_blocks_that_were_withheld() -> None:
+    allocator = BlockAllocator(9, 4)
+    allocator.set_limit(2)
+    allocator.set_limit(6)
+    assert allocator.num_free == 6 and allocator.take_withheld() == [7, 8]
+    allocator.set_limit(8)
+    assert sorted(allocator.allocate() for _ in range(8)) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("limit", [0, -1, 5])
+def test_a_limit_outside_of_the_pool_is_refused(limit: int) -> None:
+    with pytest.raises(ValueError, match=f"1..4 KV blocks, got {limit}"):
+        BlockAllocator(5, 4).set_limit(limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,30 @@ def test_copies_move_whole_blocks_in_every_layer() -> None:
     pool.copy_blocks([(1, 3)])
     for cache in pool.caches:
         assert (cache.key[3] == 3.0).all() and not cache.key[2].any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="gives pages back as Linux does")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_blocks_given_back_leave_memory_and_read_as_zeros(dtype: torch.dtype) -> None:
+    pool = KVPool(layers(4), 2048, 16, dtype, CPU)
+    for cache in pool.caches:
+        cache.key.fill_(1)
+        cache.value.fill_(1)
+    full = resident_bytes()
+    given = pool.give_back([*range(512, 1024), *range(1030, 2048)])
+    share = given / pool.num_bytes
+    assert 0.6 < share < (512 + 1018) / 2048
+    assert full - resident_bytes() > 0.95 * given
+    for cache in pool.caches:
+        assert not cache.key[514:1022].any() and not cache.value[1034:2044].any()
+        assert (cache.key[:512] == 1).all() and (cache.key[1024:1030] == 1).all()
+        cache.key[600] = 2
+        assert (cache.key[600] == 2).all()
+
+
+def test_nothing_smaller_than_a_page_is_given_back() -> None:
+    pool = KVPool(layers(1), 8, 1, torch.int8, CPU)
+    for cache in pool.caches:
+        cache.key.fill_(3)
+    assert pool.give_back([2]) == 0 and pool.give_back([]) == 0
+    assert all((cache.key == 3).all() for cache in pool.caches)
