@@ -91,8 +91,8 @@ class KVPool:
     def give_back(self, blocks: Sequence[int]) -> int:
         """Give the memory of `blocks` (ascending, owned by nobody) back to the system; returns the bytes.
 
-        Their content is lost, to zeros where a page went; only whole pages go. They can be written again. Nothing
-        is given back, and 0 is returned, where pages can't be: on a GPU, on other systems than Linux.
+        Their content is lost, to zeros where a page went; only whole pages go. They can be written again.
+        Nothing is given back, and 0 is returned, where pages can't be: on a GPU, on other systems than Linux.
         """
         if self.caches[0].key.device.type != "cpu" or sys.platform != "linux":
             return 0
