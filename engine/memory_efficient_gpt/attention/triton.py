@@ -1,0 +1,87 @@
+"""Paged attention on a GPU by the Triton kernels.
+
+Purpose: the attention backend "triton": choose launches, hold their workspace.
+Does not know: models, the scheduler, the kernels' insides.
+Invariant: no host synchronization; a token's output depends on its query and its visible keys and values
+only, not on the batch or the chunking of its prompt but for the order of sums of a chunk's tiles.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from memory_efficient_gpt.attention.context import AttentionOptions, LayerCache, StepContext
+from memory_efficient_gpt.triton_kernels.availability import triton_obstacle
+
+QUERY_DTYPES: Final = (torch.bfloat16, torch.float16)
+CACHE_DTYPES: Final = (torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
+SPLIT: Final = 512
+"""Keys of a decoding row that one program walks: fixed, so that a row's sums don't depend on the batch."""
+_FP8_CAPABILITY: Final = (8, 9)
+_LARGEST: Final = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+_MOST_DIM: Final = 256
+
+
+class TritonBackend:
+    """Implements AttentionBackend. Queries bfloat16 or float16; caches those, int8 or fp8."""
+
+    name = "triton"
+
+    def __init__(self, *, precision: str = "tf32") -> None:
+        """precision: of products of float32 (tests with the interpreter); others have one only."""
+        self._precision = precision
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, context: StepContext) -> None:
+        """Store key `[T, Hkv, Dk]` and value `[T, Hkv, Dv]` at `context.slots`, as the cache holds it."""
+        self._store(key, cache.key, cache.key_scale, context.slots)
+        self._store(value, cache.value, cache.value_scale, context.slots)
+
+    def attend(
+        self, query: torch.Tensor, cache: LayerCache, context: StepContext, options: AttentionOptions
+    ) -> torch.Tensor:
+        """Causal attention of query `[T, Hq, Dk]` over the cache; returns `[T, Hq, Dv]`, query's dtype.
+
+        Tokens that belong to no row come out as zeros.
+        """
+        from memory_efficient_gpt.triton_kernels.attention_launch import decode_rows, prompt_chunks
+
+        query = query.contiguous()
+        heads, value_dim = query.shape[1], cache.value.shape[3]
+        shape = (query.shape[0], heads, value_dim)
+        rows = context.block_tables.shape[0]
+        covered = context.host_query_lens is not None and sum(context.host_query_lens) == query.shape[0]
+        out = query.new_empty(shape) if covered else query.new_zeros(shape)
+        lens = context.host_query_lens
+        if lens is None or context.max_query_len == 1 or 1 in lens:
+            splits = max(1, -(-context.max_context_len // SPLIT))
+            decode_rows(query, cache, context, options, out, rows, splits, SPLIT, self._precision)
+        if context.max_query_len > 1:
+            prompt_chunks(query, cache, context, options, out, rows, self._precision)
+        return out
+
+    @staticmethod
+    def _store(
+        source: torch.Tensor, pages: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor
+    ) -> None:
+        from memory_efficient_gpt.triton_kernels.attention_launch import write_kv
+
+        write_kv(source, pages, scales, slots, _LARGEST.get(pages.dtype, 1.0))
+
+
+def obstacle(
+    device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype, largest_dim: int
+) -> str | None:
+    """Why the backend can't serve such a model, or None. largest_dim: of keys and values."""
+    if (reason := triton_obstacle(device)) is not None:
+        return reason
+    if dtype not in QUERY_DTYPES:
+        return f"Triton attention takes bfloat16 or float16 queries, not {dtype}"
+    if cache_dtype not in CACHE_DTYPES:
+        return f"Triton attention has no {cache_dtype} KV cache"
+    if largest_dim > _MOST_DIM:
+        return f"Triton attention has heads of at most {_MOST_DIM}, not {largest_dim}"
+    if cache_dtype is torch.float8_e4m3fn and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        return "the GPU has no fp8"
+    return None

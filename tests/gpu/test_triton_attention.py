@@ -1,0 +1,90 @@
+"""Paged attention by Triton on a CUDA device, against the oracle in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memory_efficient_gpt.attention.context import StepContext
+from memory_efficient_gpt.attention.triton import TritonBackend, obstacle
+from tests.engine.attention.oracle import PagedStep, Shape, expected, make_step
+from tests.engine.attention.test_torch_backend import FEATURES, HEADS, STEPS, options_for
+
+pytestmark = pytest.mark.gpu
+
+CACHES = [torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
+TOLERANCE = 2e-2
+"""Probabilities and outputs in bfloat16, up to 60 keys."""
+
+
+def on_device(step: PagedStep) -> None:
+    """Move everything that the backend reads; the oracle's numbers stay."""
+    for name in ("query", "key", "value"):
+        setattr(step, name, getattr(step, name).cuda())
+    for name in ("key", "value", "key_scale", "value_scale"):
+        tensor = getattr(step.cache, name)
+        if tensor is not None:
+            setattr(step.cache, name, tensor.cuda())
+    context: StepContext = step.context
+    for name in ("slots", "block_tables", "query_starts", "context_lens"):
+        setattr(context, name, getattr(context, name).cuda())
+
+
+@pytest.mark.parametrize("cache_dtype", CACHES, ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("kind", STEPS)
+def test_equals_the_oracle(kind: str, heads: str, feature: str, cache_dtype: torch.dtype) -> None:
+    query_heads, kv_heads = HEADS[heads]
+    dtype = torch.float16 if cache_dtype is torch.float16 else torch.bfloat16
+    backend = TritonBackend()
+    step = make_step(
+        backend, *STEPS[kind], shape=Shape(query_heads, kv_heads), dtype=dtype, cache_dtype=cache_dtype
+    )
+    options = options_for(feature, query_heads)
+    wanted = expected(step, options)
+    on_device(step)
+    for name in ("sinks", "alibi_slopes"):
+        tensor = getattr(options, name)
+        if tensor is not None:
+            object.__setattr__(options, name, tensor.cuda())
+    got = step.run(backend, options)
+    assert got.dtype is dtype
+    assert float((got.double().cpu() - wanted).abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)])
+def test_every_size_of_head(dims: tuple[int, int]) -> None:
+    backend = TritonBackend()
+    shape = Shape(8, 2, key_dim=dims[0], value_dim=dims[1])
+    step = make_step(backend, *STEPS["mixed"], shape=shape, dtype=torch.bfloat16)
+    options = options_for("plain", 8)
+    wanted = expected(step, options)
+    on_device(step)
+    assert float((step.run(backend, options).double().cpu() - wanted).abs().max()) < TOLERANCE
+
+
+def test_a_decoding_row_gives_the_same_bits_alone_and_among_others() -> None:
+    backend = TritonBackend()
+    lens = [1] * 6
+    step = make_step(backend, lens, [700, 33, 1500, 512, 513, 1], dtype=torch.bfloat16)
+    options = options_for("plain", 4)
+    on_device(step)
+    together = step.run(backend, options)
+    context = step.context
+    for row in range(6):
+        alone = StepContext(
+            backend, context.slots[row : row + 1], context.block_tables[row : row + 1],
+            torch.tensor([0, 1], dtype=torch.int32, device="cuda"), context.context_lens[row : row + 1],
+            1, int(context.context_lens[row]), [1], [int(context.context_lens[row])],
+        )  # fmt: skip
+        assert torch.equal(
+            backend.attend(step.query[row : row + 1], step.cache, alone, options)[0], together[row]
+        )
+
+
+def test_what_it_does_not_take_is_named() -> None:
+    device = torch.device("cuda")
+    assert obstacle(device, torch.bfloat16, torch.int8, 128) is None
+    assert "float32" in (obstacle(device, torch.float32, torch.float32, 64) or "")
+    assert "at most 256" in (obstacle(device, torch.bfloat16, torch.bfloat16, 512) or "")
