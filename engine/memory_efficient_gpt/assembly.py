@@ -12,20 +12,27 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 
 from memory_efficient_gpt.attention.backends import choose_backend
 from memory_efficient_gpt.attention.context import AttentionBackend
 from memory_efficient_gpt.attention.model_setup import prepare_model
-from memory_efficient_gpt.config import BLOCK_SIZE_CPU, BLOCK_SIZE_CUDA, EngineConfig
+from memory_efficient_gpt.config import BLOCK_SIZE_CPU, EngineConfig
 from memory_efficient_gpt.engine_info import EngineInfo
 from memory_efficient_gpt.errors import ConfigError
 from memory_efficient_gpt.hardware import free_memory_bytes, resolve_device
 from memory_efficient_gpt.kv_cache.blocks import BlockAllocator
 from memory_efficient_gpt.kv_cache.geometry import LayerKV
-from memory_efficient_gpt.kv_cache.pool import KVPool, block_bytes
+from memory_efficient_gpt.kv_cache.pool import KVPool
+from memory_efficient_gpt.kv_cache.pool_size import (
+    context_length,
+    kv_block_size,
+    kv_dtype,
+    num_pool_blocks,
+    pool_context,
+)
 from memory_efficient_gpt.loading import (
     check_checkpoint,
     eos_token_ids,
@@ -58,13 +65,9 @@ from memory_efficient_gpt.tiers import TierDecision, decide_tier
 from memory_efficient_gpt.transformers_runner import TransformersRunner
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-UNKNOWN_CONTEXT_LENGTH: Final = 4096
-CPU_POOL_SHARE: Final = 0.3
-CUDA_POOL_SHARE: Final = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,15 +174,15 @@ def build(
         notes = (*notes, fuse(model).summary())
     elif device.type == "cuda" and config.native_kernels:
         notes = (*notes, triton_summary(give_triton_kernels(model)))
-    dtype = _kv_dtype(config, model.dtype, device)
+    dtype = kv_dtype(config, model.dtype, device)
     backend, reason = choose_backend(device, model.dtype, dtype, native=config.native_kernels)
     notes = (*notes, reason, *decision.notes, *_batch_dependence(model, backend, device))
-    block_size = config.block_size or (BLOCK_SIZE_CPU if device.type == "cpu" else BLOCK_SIZE_CUDA)
-    max_len, notes = _context_length(config, model.config, decision, notes)
-    num_blocks = _num_blocks(config, layers, block_size, dtype, device, max_len)
-    if (num_blocks - 1) * block_size < max_len:
-        max_len = (num_blocks - 1) * block_size
-        notes = (*notes, f"context limited to {max_len} tokens by the KV pool of {num_blocks} blocks")
+    block_size = kv_block_size(config, device)
+    wanted_len, own_notes = context_length(config, model.config, decision.max_model_len)
+    free = free_memory_bytes(device)
+    num_blocks = num_pool_blocks(config, layers, block_size, dtype, device, wanted_len, free)
+    max_len, pool_notes = pool_context(num_blocks, block_size, wanted_len)
+    notes = (*notes, *own_notes, *pool_notes)
     pool = KVPool(layers, num_blocks, block_size, dtype, device)
     pool.attach(model)
     eos = eos_token_ids(model, folder)
@@ -215,7 +218,8 @@ def _build_unpacked(
         give_kernels(model, kernels)
     elif device.type == "cuda" and config.native_kernels:
         notes = (*notes, triton_summary(give_triton_kernels(model)))
-    max_len, notes = _context_length(config, model.config, decision, (*notes, *decision.notes))
+    max_len, own_notes = context_length(config, model.config, decision.max_model_len)
+    notes = (*notes, *decision.notes, *own_notes)
     if config.prefix_cache or config.max_num_seqs > 1:
         notes = (*notes, "no prefix cache, one sequence at a time: transformers owns the cache")
     block_size = config.block_size or BLOCK_SIZE_CPU
@@ -281,71 +285,6 @@ def _batch_dependence(
         f"{who} computes some layers in {_dtype_name(model.dtype)}: near ties, a seed's text may depend on "
         "what else is in the batch",
     )
-
-
-def _kv_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    if config.kv_cache_dtype in ("float16", "fp8") and device.type == "cpu":
-        raise ConfigError(
-            [f"kv_cache_dtype {config.kv_cache_dtype} is for CUDA; "
-             "on a CPU use auto, bfloat16, float32 or int8."]
-        )  # fmt: skip
-    if config.kv_cache_dtype == "fp8":
-        return torch.float8_e4m3fn
-    return dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype)
-
-
-def _context_length(
-    config: EngineConfig, model_config: PreTrainedConfig, decision: TierDecision, notes: tuple[str, ...]
-) -> tuple[int, tuple[str, ...]]:
-    text_config = model_config.get_text_config()
-    own = next(
-        (
-            int(value)
-            for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-            if isinstance(value := getattr(text_config, name, None), int) and value > 0
-        ),
-        None,
-    )
-    limits = [limit for limit in (own, decision.max_model_len) if limit is not None]
-    limit = min(limits) if limits else None
-    if config.max_model_len is None:
-        if limit is None:
-            note = f"the config names no context length; {UNKNOWN_CONTEXT_LENGTH} is used"
-            return UNKNOWN_CONTEXT_LENGTH, (*notes, note)
-        return limit, notes
-    if limit is not None and config.max_model_len > limit:
-        raise ConfigError(
-            [f"max_model_len is {config.max_model_len:,}; this model's limit is {limit:,}. Lower it."]
-        )
-    return config.max_model_len, notes
-
-
-def _num_blocks(
-    config: EngineConfig,
-    layers: list[LayerKV],
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_len: int,
-) -> int:
-    """Blocks of the pool, the trash block included."""
-    if config.num_kv_blocks is not None:
-        return config.num_kv_blocks + 1
-    one = block_bytes(layers, block_size, dtype)
-    if config.kv_cache_bytes is not None:
-        blocks = config.kv_cache_bytes // one
-        if blocks < 2:
-            raise ConfigError([f"kv_cache_bytes is {config.kv_cache_bytes:,}; two blocks take {2 * one:,}."])
-        return blocks
-    share = CPU_POOL_SHARE if device.type == "cpu" else CUDA_POOL_SHARE
-    room = int(free_memory_bytes(device) * share) // one
-    wanted = config.max_num_seqs * math.ceil(max_len / block_size) + 1
-    if room < 2:
-        raise ConfigError(
-            [f"no memory for a KV cache: {free_memory_bytes(device):,} bytes are free on {device}, "
-             f"two blocks take {2 * one:,}."]
-        )  # fmt: skip
-    return min(wanted, room)
 
 
 def _common_window(layers: list[LayerKV]) -> int | None:

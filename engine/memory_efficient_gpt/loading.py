@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_DESCRIPTIONS = ("*.json",)
+_FILES = (*_DESCRIPTIONS, "*.safetensors", "*.jinja", "*.model", "*.txt")
 _MAX_HEADER_BYTES = 100_000_000
 _DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -41,9 +43,10 @@ def bundled_models() -> dict[str, Path]:
     return {p.name: p for p in sorted(root.iterdir()) if (p / "config.json").is_file()}
 
 
-def resolve_model(name: str, revision: str | None = None) -> Path:
+def resolve_model(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The checkpoint folder of a bundled model's name, a path, or a hub id (downloaded if it must be).
 
+    weights: False leaves those of a hub id where they are.
     Raises ModelNotFoundError saying where it looked.
     """
     bundled = bundled_models()
@@ -58,15 +61,14 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
             "Give a folder with config.json and *.safetensors, or a hub id like org/name.",
             param="model",
         )
-    return _download(name, revision)
+    return _download(name, revision, _FILES if weights else _DESCRIPTIONS)
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def _download(repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:  # no network, offline mode, unknown id: all say why
         raise ModelNotFoundError(
             f"model {repo_id!r} is not a folder here and could not be fetched from the hub: {error}",
@@ -195,7 +197,7 @@ def _from_pretrained(
         return load_foreign(check_checkpoint(folder), layer_format, config, dtype=dtype, device=device)
     from memory_efficient_gpt.quantization import bitsandbytes
 
-    by_bitsandbytes = bitsandbytes.describes(_quantization_settings(folder))
+    by_bitsandbytes = bitsandbytes.describes(quantization_settings(folder))
     if by_bitsandbytes:
         bitsandbytes.require(to_load=True)
     if getattr(config, "quantization_config", None) is not None:
@@ -229,14 +231,14 @@ def quantization_notes(folder: Path) -> tuple[str, ...]:
 
 def _foreign_format(folder: Path) -> LayerFormat | None:
     """The format of another library in which the weights are; None if they are in none."""
-    if (settings := _quantization_settings(folder)) is None:
+    if (settings := quantization_settings(folder)) is None:
         return None
     from memory_efficient_gpt.quantization.foreign import format_of
 
     return format_of(settings)
 
 
-def _quantization_settings(folder: Path) -> dict[str, Any] | None:
+def quantization_settings(folder: Path) -> dict[str, Any] | None:
     """What config.json says of how weights are quantized; None if nothing."""
     raw = _read_json(folder / "config.json")
     for part in (raw, raw.get("text_config")):  # models with other modalities have a config for text

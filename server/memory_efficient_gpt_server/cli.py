@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from memory_efficient_gpt.errors import ConfigError, MegptError
-from memory_efficient_gpt_server.commands import bench, chat, doctor, generate, quantize, serve, version
+from memory_efficient_gpt_server.commands import bench, chat, doctor, generate, plan, quantize, serve, version
 
-COMMANDS: Final = (serve, generate, chat, quantize, bench, doctor, version)
+COMMANDS: Final = (serve, generate, chat, plan, quantize, bench, doctor, version)
 
 EXIT_FAILED: Final = 1
 EXIT_WRONG_USE: Final = 2
@@ -31,6 +31,7 @@ start here:
   megpt chat demo                      talk to a model, in this terminal
   megpt quantize demo --scheme int4 --out demo-int4
                                        store its weights in a quarter of the bytes
+  megpt plan demo demo-mha             what models will take in memory, and whether they fit
   megpt doctor                         what this machine offers, and what is wrong with it
 
 `megpt COMMAND --help` explains a command with examples. A MODEL is the name of a bundled model

@@ -51,7 +51,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="store weights as int4, int8, int4-g128, bnb-nf4 ... (default: as they are)",
     )
     group.add_argument(
-        "--kv-cache-dtype", choices=("auto", "float32", "bfloat16", "float16", "int8", "fp8"), help="of the KV cache"
+        "--kv-cache-dtype",
+        choices=("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
+        help="of the KV cache",
     )
     group.add_argument(
         "--max-model-len",
