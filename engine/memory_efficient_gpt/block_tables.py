@@ -74,7 +74,7 @@ class BlockTables:
         request = seq.request
         if not request.use_prefix_cache:
             return []
-        if request.params.prompt_logprobs is not None and seq.prompt_logprobs is None and seq.index == 0:
+        if seq.wanted_prompt_logprobs is not None and seq.prompt_logprobs is None:
             return []  # they need the logits of every prompt position
         found = self._allocator.match(self._root(seq), seq.tokens)
         if len(found) * self._allocator.block_size >= seq.total_len:

@@ -90,10 +90,10 @@ class Engine:
         if params.max_tokens is not None:
             max_len = min(max_len, len(request.prompt_token_ids) + params.max_tokens)
         sequences = []
-        for index in range(params.n):
+        for index in request.open_indices:
             self._arrivals += 1
             mixed = (seed + index * _SEED_STRIDE) % 2**64
-            tokens = list(request.prompt_token_ids)
+            tokens = [*request.prompt_token_ids, *request.tokens_before(index)]
             sequences.append(Sequence(request, index, mixed, max_len, tokens, self._arrivals))
         self._scheduler.add(sequences)
 
@@ -149,14 +149,30 @@ class Engine:
         prompt = request.prompt_token_ids
         if not prompt:
             raise InvalidRequestError("the prompt is empty; give at least one token.", param="prompt")
-        if set(map(type, prompt)) != {int}:
-            raise InvalidRequestError("prompt token ids must be integers.", param="prompt")
-        for token_id in (min(prompt), max(prompt)):
-            if not 0 <= token_id < vocab_size:
-                raise InvalidRequestError(
-                    f"prompt token ids must be from 0 to {vocab_size - 1}, got {token_id}.", param="prompt"
-                )
+        _check_ids("prompt token ids", prompt, vocab_size, param="prompt")
         self._check_length(len(prompt), request.params.max_tokens)
+        if request.resumed_token_ids:
+            self._check_resumed(request)
+
+    def _check_resumed(self, request: Request) -> None:
+        params, resumed, param = request.params, request.resumed_token_ids, "resumed_token_ids"
+        if len(resumed) != params.n or not request.open_indices:
+            raise InvalidRequestError(
+                f"resumed_token_ids must have an entry for each of the {params.n} sequences, one of them at "
+                f"least not None; got {len(resumed)} entries, {len(request.open_indices)} sequences open.",
+                param=param,
+            )
+        for earlier in map(request.tokens_before, request.open_indices):
+            if not earlier:
+                continue
+            _check_ids("resumed token ids", earlier, self.info.vocab_size, param=param)
+            if params.max_tokens is not None and len(earlier) >= params.max_tokens:
+                raise InvalidRequestError(
+                    f"a sequence to resume has {len(earlier)} tokens; max_tokens is {params.max_tokens}, "
+                    "so it has ended.",
+                    param=param,
+                )
+            self._check_length(len(request.prompt_token_ids) + len(earlier), None)
 
     def _check_length(self, prompt_len: int, max_tokens: int | None) -> None:
         limit = self.info.max_model_len
@@ -191,6 +207,16 @@ class Engine:
         stats.step_seconds += step_s
         stats.host_seconds += step_s - device_s
         stats.last_step_s = step_s
+
+
+def _check_ids(what: str, token_ids: tuple[int, ...], vocab_size: int, *, param: str) -> None:
+    if set(map(type, token_ids)) != {int}:
+        raise InvalidRequestError(f"{what} must be integers.", param=param)
+    for token_id in (min(token_ids), max(token_ids)):
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequestError(
+                f"{what} must be from 0 to {vocab_size - 1}, got {token_id}.", param=param
+            )
 
 
 def _silent(phase: str, fraction: float) -> None:

@@ -96,7 +96,10 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """From the worker: it can't load, or died of `error`. The last frame of a conversation."""
+    """From the worker: it can't load, or died of `error`. The last frame of a conversation.
+
+    What was aboard has not ended: another worker may resume it.
+    """
 
     error: MegptError
 

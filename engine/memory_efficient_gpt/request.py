@@ -201,6 +201,9 @@ class Request:
     """One prompt and how to continue it.
 
     `client` is the fairness key (who is served), `cache_salt` keeps prefix caches apart.
+    `resumed_token_ids` continues what another engine began: empty for a new request, else for each of the
+    n sequences the tokens it has generated already, None for one that has ended. Those tokens count as
+    output in every respect (max_tokens, penalties, seeds, ...) but are not given again.
     """
 
     id: str
@@ -210,6 +213,17 @@ class Request:
     cache_salt: str = ""
     adapter: str | None = None
     use_prefix_cache: bool = True
+    resumed_token_ids: tuple[tuple[int, ...] | None, ...] = ()
+
+    @property
+    def open_indices(self) -> tuple[int, ...]:
+        """The sequences to generate: all n, without those that had ended when it was resumed."""
+        ended = {index for index, token_ids in enumerate(self.resumed_token_ids) if token_ids is None}
+        return tuple(index for index in range(self.params.n) if index not in ended)
+
+    def tokens_before(self, index: int) -> tuple[int, ...]:
+        """What sequence `index` had generated when it was resumed."""
+        return (self.resumed_token_ids[index] or ()) if self.resumed_token_ids else ()
 
 
 @dataclass(frozen=True, slots=True)

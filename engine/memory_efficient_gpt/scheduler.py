@@ -69,11 +69,15 @@ class Scheduler:
         return request_id in self._live
 
     def add(self, sequences: list[Sequence]) -> None:
-        """Queue a request's sequences; those after the first are forked from it where possible."""
+        """Queue a request's sequences; those after the first are forked from it where possible.
+
+        Resumed sequences have tokens of their own and share the prompt only through the prefix cache.
+        """
         first = sequences[0]
+        forks = self._config.forks and not any(seq.num_outputs for seq in sequences)
         self._live[first.request.id] = list(sequences)
         self._waiting.arrived(first.request.client, len(sequences))
-        if len(sequences) > 1 and self._config.forks and len(sequences) <= self._config.max_num_seqs:
+        if len(sequences) > 1 and forks and len(sequences) <= self._config.max_num_seqs:
             first.siblings = tuple(sequences[1:])
         for seq in sequences[: 1 if first.siblings else None]:
             self._waiting.add(seq)
@@ -175,7 +179,7 @@ class Scheduler:
         copy = self._tables.extend(seq, num_tokens)
         if copy is not None:
             step.copies.append(copy)
-        wanted = seq.request.params.prompt_logprobs if seq.index == 0 else None
+        wanted = seq.wanted_prompt_logprobs
         if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) >= seq.prompt_len:
             wanted = None
         step.chunks.append(Chunk(seq, seq.num_scheduled, num_tokens, seq.epoch, wanted))
@@ -238,9 +242,10 @@ class Scheduler:
 
     def _count_prompt(self, seq: Sequence, num_cached: int) -> None:
         seq.num_cached_tokens = num_cached
-        self._waiting.charge(seq.request.client, prompt_tokens=seq.prompt_len - num_cached)
+        num_tokens = len(seq.tokens)  # the prompt's, and those that a resumed sequence has generated
+        self._waiting.charge(seq.request.client, prompt_tokens=num_tokens - num_cached)
         if self._allocator.prefix_cache and seq.request.use_prefix_cache:
-            self.stats.prefix_queries_tokens += seq.prompt_len
+            self.stats.prefix_queries_tokens += num_tokens
             self.stats.prefix_hits_tokens += num_cached
 
     def _preempt(self, seq: Sequence) -> None:

@@ -5,6 +5,7 @@ Does not know: how plans are made or computed.
 Invariant: num_committed <= num_scheduled <= total_len, and `blocks` covers num_scheduled positions.
 
     tokens      [ prompt ........ | outputs read so far ]            len(tokens)
+                  (of a resumed sequence the outputs begin with those of the engine before)
     total_len   [ ...................................... | in flight ]
     positions   [0 .. num_committed)   KV final, may be shared and cached
                 [num_committed .. num_scheduled)   KV written by steps under way
@@ -71,6 +72,13 @@ class Sequence:
     def num_outputs(self) -> int:
         """Output tokens, those in flight included."""
         return self.total_len - self.prompt_len
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        """Alternatives for each prompt token, None for no logprobs: the first sequence gives them, with its
+        first token, so one that is resumed has given them already."""
+        wanted = self.request.params.prompt_logprobs
+        return None if wanted is None or self.index != 0 or self.request.tokens_before(0) else wanted
 
     @property
     def num_unscheduled(self) -> int:

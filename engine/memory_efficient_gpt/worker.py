@@ -228,7 +228,7 @@ class Worker:
             if self._draining:
                 raise OverloadedError("The model is being shut down. Try again later.")
             self._engine.submit(request)
-            self._open[request.id] = set(range(request.params.n))
+            self._open[request.id] = set(request.open_indices)
             return
         except MegptError as refusal:
             error = refusal
@@ -237,7 +237,7 @@ class Worker:
             error = EngineFailedError(
                 "The request could not be started: an internal error. It has been logged."
             )
-        self._send_events([_error_event(request.id, index, error) for index in range(request.params.n)])
+        self._send_events([_error_event(request.id, index, error) for index in request.open_indices])
 
     def _step(self) -> bool:
         started = time.monotonic()
@@ -258,39 +258,44 @@ class Worker:
         return True
 
     def _survive(self, error: Exception) -> bool:
-        """After a failed step: give up what is aboard, and say whether the engine can go on.
+        """After a failed step: say whether the engine can go on.
 
-        An allocator that is out of memory leaves the device usable, so only the requests are lost. Any
-        other error may have left it in an unknown state (a CUDA error is sticky): the process must end.
+        An allocator that is out of memory leaves the device usable, so only the requests are lost: again
+        they would need as much. Any other error may have left it in an unknown state (a CUDA error is
+        sticky): the process must end, and what is aboard is left to its successor.
         """
         self._times_out_of_memory += 1
-        recoverable = _out_of_memory(error) and self._times_out_of_memory < MAX_CONSECUTIVE_OUT_OF_MEMORY
+        out_of_memory = _out_of_memory(error)
+        recoverable = out_of_memory and self._times_out_of_memory < MAX_CONSECUTIVE_OUT_OF_MEMORY
         logger.error(
             "A step failed with %d requests aboard; %s.",
             len(self._open),
             "out of memory, going on without them" if recoverable else "the worker exits",
             exc_info=error,
         )
-        reason = (
+        reason = EngineFailedError(
             "The device ran out of memory. Send fewer or shorter requests at a time."
-            if _out_of_memory(error)
+            if out_of_memory
             else "The engine failed while computing this request. Try again."
         )
+        if out_of_memory:
+            self._fail_open_requests(reason)
+        if not recoverable:
+            self._channel.send(encode(Failed(reason)))
+            self._channel.flush(timeout_s=LAST_WORDS_S)
+        return recoverable
+
+    def _fail_open_requests(self, reason: MegptError) -> None:
         lost, self._open = self._open, {}
         self._send_events(
             [
-                _error_event(request_id, index, EngineFailedError(reason))
+                _error_event(request_id, index, reason)
                 for request_id, indices in lost.items()
                 for index in sorted(indices)
             ]
         )
-        if recoverable:
-            for request_id in lost:
-                self._engine.abort(request_id)
-        else:
-            self._channel.send(encode(Failed(EngineFailedError(reason))))
-            self._channel.flush(timeout_s=LAST_WORDS_S)
-        return recoverable
+        for request_id in lost:
+            self._engine.abort(request_id)
 
     def _ended(self, request_id: str, index: int | None) -> None:
         still_open = self._open.get(request_id, set())

@@ -33,6 +33,10 @@ class EventStream(AsyncIterator[SequenceEvent]):
         """Whether no more events will be put."""
         return not self._open
 
+    def is_open(self, index: int) -> bool:
+        """Whether events of that sequence may still be put."""
+        return index in self._open
+
     def put(self, event: SequenceEvent) -> None:
         """Add news from the worker; news of a closed sequence is dropped. Takes over `event`."""
         if event.index not in self._open:

@@ -53,13 +53,25 @@ class StallRule:
 
     Being stuck makes it unready. It is beyond hope only if it does not compute either: a first step may
     be a long prompt through a large model on a slow machine, and killing that would only start it again.
+    `functools.partial` sets other limits: least_s and steps for being stuck, kill_after (a multiple of that
+    limit) and longest_step_s for being killed.
     """
 
-    def __init__(self, now_s: float) -> None:
+    def __init__(
+        self,
+        now_s: float,
+        *,
+        least_s: float = LEAST_STALL_S,
+        steps: float = STALL_STEPS,
+        kill_after: float = KILL_AFTER_STALLS,
+        longest_step_s: float = LONGEST_STEP_S,
+    ) -> None:
         self._moved_s = self._computed_s = self._observed_s = now_s
         self._steps = -1
         self._cpu_s = 0.0
-        self.limit_s = LEAST_STALL_S
+        self._least_s, self._stall_steps = least_s, steps
+        self._kill_after, self._longest_step_s = kill_after, longest_step_s
+        self.limit_s = least_s
 
     def moved(self, now_s: float) -> None:
         """It has told news of a step, or was idle until now: the clock starts anew."""
@@ -69,7 +81,7 @@ class StallRule:
         """It has told its step counter and how long steps take."""
         if steps > self._steps:
             self._steps, self._moved_s = steps, now_s
-        self.limit_s = max(LEAST_STALL_S, STALL_STEPS * step_p99_s)
+        self.limit_s = max(self._least_s, self._stall_steps * step_p99_s)
 
     def stalled(self, now_s: float) -> bool:
         """Whether a worker that has work is stuck."""
@@ -84,4 +96,4 @@ class StallRule:
     def beyond_hope(self, now_s: float) -> bool:
         """Whether it has been stuck for so long, and idle, that it should be killed."""
         idle_s = now_s - max(self._moved_s, self._computed_s)
-        return idle_s > KILL_AFTER_STALLS * self.limit_s or now_s - self._moved_s > LONGEST_STEP_S
+        return idle_s > self._kill_after * self.limit_s or now_s - self._moved_s > self._longest_step_s

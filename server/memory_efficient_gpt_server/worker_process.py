@@ -218,3 +218,13 @@ async def _start_in_thread(process: ForkServerProcess, theirs: socket.socket) ->
 
     threading.Thread(target=start, name="start worker", daemon=True).start()
     await started
+
+
+def how_it_ended(exit_code: int) -> str:
+    """Exit code or signal, as the end of a sentence about the worker."""
+    if exit_code >= 0:
+        return f"exited with code {exit_code}"
+    try:
+        return f"was ended by {signal.Signals(-exit_code).name}"
+    except ValueError:
+        return f"was ended by signal {-exit_code}"

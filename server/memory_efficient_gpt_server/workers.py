@@ -7,9 +7,12 @@ reader holds up nobody: its unread events are merged, so they take no more than 
 
     start() -> LOADING --Ready--> READY --close()--> DRAINING --> CLOSED
                   ^  |               |
-       delay 1..60 s |  Failed       | the worker died: its requests get EngineFailedError
-                  |  +--> FAILED <---+ five deaths in ten minutes
+       delay 1..60 s |  Failed       | the worker died: its requests wait for the next worker to be ready
+                  |  +--> FAILED <---+ five deaths in ten minutes: they end with that error
                   +------------------+
+
+A request waits once, and only so long; a second death ends it. While DRAINING a dead worker is replaced
+too as long as a request waits.
 """
 
 from __future__ import annotations
@@ -17,17 +20,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from typing import Final
 
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
 from memory_efficient_gpt.errors import (
-    EngineFailedError,
     InvalidRequestError,
     MegptError,
     ModelLoadError,
@@ -47,13 +47,16 @@ from memory_efficient_gpt.frames import (
     Submit,
     encode,
 )
-from memory_efficient_gpt.request import Request, SequenceEvent
+from memory_efficient_gpt.request import Request
 from memory_efficient_gpt.wire import FrameError
 from memory_efficient_gpt.worker import LoadEngine, load_engine
 from memory_efficient_gpt_server.counters import add_counters
 from memory_efficient_gpt_server.event_stream import EventStream
+from memory_efficient_gpt_server.model_states import LoadProgress, LoadTimes
+from memory_efficient_gpt_server.model_states import ModelState as ModelState
+from memory_efficient_gpt_server.open_requests import RESUME_WAIT_S, OpenRequest, OpenRequests
 from memory_efficient_gpt_server.supervision import RestartRule, StallRule
-from memory_efficient_gpt_server.worker_process import WorkerProcess
+from memory_efficient_gpt_server.worker_process import WorkerProcess, how_it_ended
 
 logger = logging.getLogger(__name__)
 
@@ -61,38 +64,12 @@ WATCH_INTERVAL_S: Final = 1.0
 CLOSE_GRACE_S: Final = 5.0
 
 
-class ModelState(StrEnum):
-    """Where a served model is in its life."""
-
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    FAILED = "failed"
-    CLOSED = "closed"
-
-
-@dataclass(frozen=True, slots=True)
-class LoadProgress:
-    """What a loading worker is doing, and how far it is (0..1)."""
-
-    phase: str
-    fraction: float
-
-
-@dataclass(slots=True)
-class LoadTimes:
-    """When a load reached its stages, in seconds since it was asked for; None: not yet."""
-
-    forked_s: float | None = None
-    ready_s: float | None = None
-
-
 class WorkerModel:
     """One model in one worker process. Owned by the event loop in which `start` was called.
 
     `state` and `reason` say what it is doing and why; `info` is None until it was ready once; `stats` is
     the last that the living worker told, `ended_stats` adds up the counters of those before it; `stalled` is
-    true while it has work but makes no step.
+    true while it has work but makes no step. `num_resumed` counts requests handed to a second worker.
     """
 
     def __init__(
@@ -104,6 +81,8 @@ class WorkerModel:
         log_json: bool = False,
         load: LoadEngine = load_engine,
         restart_rule: Callable[[], RestartRule] = RestartRule,
+        stall_rule: Callable[[float], StallRule] = StallRule,
+        resume_wait_s: float = RESUME_WAIT_S,
     ) -> None:
         self.config = config
         self.name = name or config.model
@@ -116,16 +95,17 @@ class WorkerModel:
         self.progress = LoadProgress("waiting", 0.0)
         self.times = LoadTimes()
         self.num_restarts = 0
+        self.num_resumed = 0
         self._log_level, self._log_json = log_level, log_json
         self._load = load
         self._restart_rule = restart_rule()
-        self._streams: dict[str, EventStream] = {}
+        self._new_stall_rule, self._stall_rule = stall_rule, stall_rule(0.0)
+        self._open = OpenRequests(resume_wait_s)
         self._process: WorkerProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
         self._asked_s = 0.0
-        self._ready_s: float | None = None
-        self._stall_rule = StallRule(0.0)
+        self._ready_s: float | None = None  # since when requests reach the present worker
         self._last_words: MegptError | None = None
 
     # ---- for those who serve requests
@@ -137,13 +117,17 @@ class WorkerModel:
 
     @property
     def num_open_requests(self) -> int:
-        """Requests aboard."""
-        return len(self._streams)
+        """Requests that have not ended; those that wait for the next worker too."""
+        return len(self._open)
 
     @property
     def stalled(self) -> bool:
         """Whether the worker has work but its step counter has stood still for too long."""
-        return bool(self._streams) and self._stall_rule.stalled(time.monotonic())
+        return self._has_work and self._stall_rule.stalled(time.monotonic())
+
+    @property
+    def _has_work(self) -> bool:
+        return self._ready_s is not None and len(self._open) > 0
 
     @property
     def ready(self) -> bool:
@@ -156,28 +140,24 @@ class WorkerModel:
         Raises OverloadedError while it can't take any, ModelLoadError if it won't, InvalidRequestError.
         """
         self._require_ready()
-        if request.id in self._streams:
+        if request.id in self._open:
             raise InvalidRequestError(f"Request id {request.id!r} is in use. Ids must be unique.", param="id")
+        stream = EventStream(request.id, request.params.n, abandon=self.abort)
+        opened = OpenRequest(request, stream)
         try:
-            frame = encode(Submit(request))
+            frame = encode(Submit(opened.request))
         except FrameError as error:
             raise InvalidRequestError(f"The request can't be handed to the model: {error}") from error
-        if not self._streams:
+        if not self._open:
             self._stall_rule.moved(time.monotonic())
-        stream = EventStream(request.id, request.params.n, abandon=self.abort)
-        self._streams[request.id] = stream
+        self._open.add(opened)
         self._send_frame(frame)
         return stream
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one sequence of it, without further events. Unknown ids are fine."""
-        stream = self._streams.get(request_id)
-        if stream is None:
-            return
-        stream.close(index)
-        if stream.ended:
-            del self._streams[request_id]
-        self._send_frame(encode(Abort(request_id, index)))
+        if self._open.close(request_id, index) and self._ready_s is not None:
+            self._send_frame(encode(Abort(request_id, index)))
 
     # ---- for the server's life cycle
 
@@ -201,14 +181,16 @@ class WorkerModel:
         """Refuse new requests, give those aboard `drain_s` seconds, end the worker, wait until it is gone."""
         if self.state is ModelState.CLOSED:
             return
-        hears_us = self.state is ModelState.READY  # a loading worker reads nothing, and has nothing to lose
         self._set_state(ModelState.DRAINING, "shutting down")
+        if self._supervisor is not None and self._open and drain_s > 0:
+            self._drain_if_ready()
+            await asyncio.wait([self._supervisor], timeout=drain_s)
+        self._open.fail_all(
+            OverloadedError("The server is shutting down. Try again later.", retry_after_s=5.0)
+        )
         process = self._process
-        if process is not None and self._streams and drain_s > 0:
-            process.send(Drain())
-            await asyncio.wait([process.ended], timeout=drain_s)
-        self._fail_all(OverloadedError("The server is shutting down. Try again later.", retry_after_s=5.0))
         if process is not None and not process.ended.done():
+            hears_us = self._ready_s is not None  # a loading worker reads nothing, and has nothing to lose
             process.send(Close())
             await asyncio.wait([process.ended], timeout=CLOSE_GRACE_S if hears_us else 0)
             process.kill()
@@ -226,7 +208,7 @@ class WorkerModel:
             while (delay_s := await self._one_life()) is not None:
                 await asyncio.sleep(delay_s)
                 self.num_restarts += 1
-                self._set_state(ModelState.LOADING, "restarting")
+                self._set_loading("restarting")
         except asyncio.CancelledError:
             raise
         except Exception:  # the task's boundary: nobody awaits it, and a silent end would look like loading
@@ -257,7 +239,7 @@ class WorkerModel:
         finally:
             self._process = None
             self._count_ended()
-        return self._after_death(_how_it_ended(process.ended.result()))
+        return self._after_death(how_it_ended(process.ended.result()))
 
     def _count_ended(self) -> None:
         """Keep what the worker counted, to the last token that it gave; nothing runs any more."""
@@ -267,31 +249,40 @@ class WorkerModel:
 
     def _after_death(self, how: str) -> float | None:
         now_s = time.monotonic()
-        self._fail_all(
-            EngineFailedError(f"The worker of {self.name} {how} while this request was aboard. Retry.")
-        )
-        if self.state not in (ModelState.LOADING, ModelState.READY):
+        was_ready_s, self._ready_s = self._ready_s, None
+        if was_ready_s is not None:
+            self._open.crashed(self.name, how)
+        if self.state not in (ModelState.LOADING, ModelState.READY) and not self._open:
             return None
-        if self._ready_s is None and self._last_words is not None:
+        if was_ready_s is None and self._last_words is not None:
             self._give_up(str(self._last_words))
             return None
-        ready_for_s = 0.0 if self._ready_s is None else now_s - self._ready_s
+        ready_for_s = 0.0 if was_ready_s is None else now_s - was_ready_s
         delay_s = self._restart_rule.died(now_s, ready_for_s=ready_for_s)
         if delay_s is None:
             self._give_up(f"its worker keeps dying and is not restarted any more; the last {how}")
             return None
-        logger.error("The worker of %s %s; restarting it in %.0f s.", self.name, how, delay_s)
-        self._set_state(ModelState.LOADING, f"its worker {how}; restarting in {delay_s:.0f} s")
+        logger.error(
+            "The worker of %s %s; restarting it in %.0f s, %d requests wait.",
+            self.name, how, delay_s, len(self._open),
+        )  # fmt: skip
+        self._set_loading(f"its worker {how}; restarting in {delay_s:.0f} s")
         return delay_s
 
     def _give_up(self, reason: str) -> None:
         logger.error("%s failed: %s", self.name, reason)
         self._set_state(ModelState.FAILED, reason)
+        self._open.fail_all(  # without the reason: it may name files, and this goes to clients
+            ModelLoadError(
+                f"The worker of {self.name} died while this request was aboard, and no other could be "
+                "started. The model's state and the server's log say why."
+            )
+        )
 
     def _kill_if_beyond_hope(self, process: WorkerProcess) -> None:
         now_s = time.monotonic()
         self._stall_rule.observed(process.cpu_seconds(), now_s)
-        if self._streams and self._stall_rule.beyond_hope(now_s):
+        if self._has_work and self._stall_rule.beyond_hope(now_s):
             logger.error(
                 "The worker of %s has made no step for too long with work aboard; killing it.", self.name
             )
@@ -305,7 +296,7 @@ class WorkerModel:
                 self._stall_rule.moved(time.monotonic())
                 for event in events:
                     self._uncounted_tokens += len(event.token_ids)
-                    self._deliver(event)
+                    self._open.deliver(event)
             case Stats(stats, step_p99_s):
                 self.stats, self._uncounted_tokens = stats, 0
                 self._stall_rule.counted(stats.steps, step_p99_s, time.monotonic())
@@ -321,32 +312,40 @@ class WorkerModel:
             case _:
                 raise FrameError(f"a server does not take {type(message).__name__} frames.")
 
-    def _deliver(self, event: SequenceEvent) -> None:
-        stream = self._streams.get(event.request_id)
-        if stream is None:
-            return  # aborted here while its news was on the way
-        stream.put(event)
-        if stream.ended:
-            del self._streams[event.request_id]
-
     def _became_ready(self, info: EngineInfo) -> None:
         self._ready_s = time.monotonic()
         self.times.ready_s = self._ready_s - self._asked_s
-        self._stall_rule = StallRule(self._ready_s)
+        self._stall_rule = self._new_stall_rule(self._ready_s)
         self.info = info
         self.progress = LoadProgress("ready", 1.0)
         logger.info("%s is ready after %.2f s.", self.name, self.times.ready_s)
         if self.state is ModelState.LOADING:
             self._set_state(ModelState.READY, None)
+        self._resume()
+        if self.state is ModelState.DRAINING:
+            self._drain_if_ready()
+
+    def _resume(self) -> None:
+        """Hand what waited to the worker that is ready now."""
+        waiting = self._open.resumed()
+        for request in waiting:
+            self._send_frame(encode(Submit(request)))
+        self.num_resumed += len(waiting)
+        if waiting:
+            logger.info("%s resumes %d requests.", self.name, len(waiting))
 
     def _send_frame(self, frame: bytes) -> None:
         if self._process is not None:
             self._process.send_frame(frame)
 
-    def _fail_all(self, error: MegptError) -> None:
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.fail(error)
+    def _drain_if_ready(self) -> None:
+        """Let the worker end after the requests aboard. One that is not ready would refuse those to come."""
+        if self._ready_s is not None:
+            self._send_frame(encode(Drain()))
+
+    def _set_loading(self, reason: str) -> None:
+        if self.state is not ModelState.DRAINING:
+            self._set_state(ModelState.LOADING, reason)
 
     def _set_state(self, state: ModelState, reason: str | None) -> None:
         self.state, self.reason = state, reason
@@ -376,12 +375,3 @@ def divide_threads(configs: Sequence[EngineConfig], num_threads: int) -> list[En
         max(1, left // len(open_ones) + (rank < left % len(open_ones))) for rank in range(len(open_ones))
     )
     return [c if c.num_threads is not None else replace(c, num_threads=next(shares)) for c in configs]
-
-
-def _how_it_ended(exit_code: int) -> str:
-    if exit_code >= 0:
-        return f"exited with code {exit_code}"
-    try:
-        return f"was ended by {signal.Signals(-exit_code).name}"
-    except ValueError:
-        return f"was ended by signal {-exit_code}"

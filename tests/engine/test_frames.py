@@ -45,7 +45,7 @@ PARAMS = SamplingParams(
 )  # fmt: skip
 REQUEST = Request(
     id="r", prompt_token_ids=(1, 2**31), params=PARAMS, client="c", cache_salt="s", adapter="a",
-    use_prefix_cache=False,
+    use_prefix_cache=False, resumed_token_ids=((), None, (1, 2**31)),
 )  # fmt: skip
 INFO = EngineInfo(
     model="m", architecture="A", tier="B", tier_reason="r", dtype="float32", device="cpu", max_model_len=1,

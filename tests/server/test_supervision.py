@@ -68,3 +68,13 @@ def test_a_worker_that_stops_to_compute_is_killed() -> None:
     rule.observed(cpu_s=20.0, now_s=40.0)
     assert not rule.beyond_hope(44.0)
     assert rule.beyond_hope(46.0)
+
+
+def test_limits_can_be_set() -> None:
+    rule = StallRule(0.0, least_s=1.0, steps=2.0, kill_after=3.0, longest_step_s=100.0)
+    rule.counted(1, 0.1, 0.0)
+    assert rule.stalled(1.1) and not rule.beyond_hope(2.9) and rule.beyond_hope(3.1)
+    rule.counted(2, 4.0, 0.0)
+    assert not rule.stalled(7.9) and rule.stalled(8.1)
+    rule.observed(cpu_s=100.0, now_s=100.0)
+    assert not rule.beyond_hope(99.9) and rule.beyond_hope(100.1)

@@ -8,65 +8,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from memory_efficient_gpt.config import EngineConfig
-from memory_efficient_gpt.engine_info import EngineStats
 from memory_efficient_gpt.errors import (
     ConfigError,
-    EngineFailedError,
     InvalidRequestError,
     ModelLoadError,
     OverloadedError,
 )
-from memory_efficient_gpt.request import FinishReason, Request, SamplingParams, SequenceEvent
-from memory_efficient_gpt_server import workers as workers_module
-from memory_efficient_gpt_server.supervision import RestartRule, StallRule
+from memory_efficient_gpt.request import FinishReason, Request, SamplingParams
 from memory_efficient_gpt_server.worker_process import start_fork_server
 from memory_efficient_gpt_server.workers import ModelState, WorkerModel, divide_threads
-from tests.engine.scripted_engine import COUNT, FAIL, HANG, KILLED, REFUSE, load_scripted, request
+from tests.engine.scripted_engine import COUNT, REFUSE, request
+from tests.server.worker_models import answer, serving, tokens, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-
-
-class EagerRestarts(RestartRule):
-    """The usual rule without the waiting."""
-
-    def died(self, now_s: float, *, ready_for_s: float) -> float | None:
-        return None if super().died(now_s, ready_for_s=ready_for_s) is None else 0.0
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _fork_server() -> None:
     start_fork_server()
-
-
-@asynccontextmanager
-async def serving(name: str = "scripted", *, ready: bool = True) -> AsyncIterator[WorkerModel]:
-    model = WorkerModel(EngineConfig(model=name), load=load_scripted, restart_rule=EagerRestarts)
-    model.start()
-    try:
-        if ready:
-            await model.wait_ready(30)
-        yield model
-    finally:
-        await model.close()
-
-
-async def answer(model: WorkerModel, what: Request) -> list[SequenceEvent]:
-    return [event async for event in model.submit(what)]
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 10) -> float:
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < timeout_s
-        await asyncio.sleep(0.005)
-    return time.monotonic() - started
 
 
 def alive(pid: int) -> bool:
@@ -89,10 +53,6 @@ def descriptors(model: WorkerModel) -> list[str]:
     """What the worker has open besides the standard three."""
     folder = Path(f"/proc/{model.pid}/fd")
     return [os.readlink(entry) for entry in folder.iterdir() if int(entry.name) > 2]
-
-
-def tokens(events: list[SequenceEvent]) -> list[int]:
-    return [token for event in events for token in event.token_ids]
 
 
 # ---- serving
@@ -207,59 +167,6 @@ def test_a_worker_that_keeps_dying_is_given_up(name: str, how: str) -> None:
 
 
 # ---- death
-
-
-@pytest.mark.parametrize("cause", ["outside", "engine", "step"])
-def test_a_dead_worker_fails_its_requests_and_is_replaced(cause: str) -> None:
-    async def run() -> None:
-        async with serving() as model:
-            victim = model.submit(request(COUNT, request_id="aboard", delay_ms=1, max_tokens=10**6, n=2))
-            first_pid = model.pid
-            assert (await anext(victim)).error is None
-            if cause == "outside":
-                assert first_pid is not None
-                os.kill(first_pid, signal.SIGKILL)
-            else:
-                model.submit(request(KILLED if cause == "engine" else FAIL))
-            rest = [event async for event in victim]
-            assert {event.index for event in rest if isinstance(event.error, EngineFailedError)} == {0, 1}
-            await until(lambda: model.state is not ModelState.READY)
-            assert model.stats == EngineStats()  # nothing runs any more
-            counted = model.ended_stats.generated_tokens
-            assert counted > 0 and model.ended_stats.num_running == 0
-            await model.wait_ready(30)
-            assert model.pid != first_pid
-            assert tokens(await answer(model, request(COUNT))) == [0, 1, 2, 3, 4]
-            assert model.num_restarts == 1
-            await until(lambda: model.stats.generated_tokens == 5)
-            assert model.ended_stats.generated_tokens == counted
-
-    asyncio.run(run())
-
-
-def test_a_hung_worker_is_not_ready_and_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Hasty(StallRule):
-        def stalled(self, now_s: float) -> bool:
-            return super().stalled(now_s + self.limit_s - 0.2)
-
-        def beyond_hope(self, now_s: float) -> bool:
-            return super().beyond_hope(now_s + 2.5 * self.limit_s - 0.6)
-
-    monkeypatch.setattr(workers_module, "StallRule", Hasty)
-    monkeypatch.setattr(workers_module, "WATCH_INTERVAL_S", 0.05)
-
-    async def run() -> None:
-        async with serving() as model:
-            await asyncio.sleep(0.4)
-            assert not model.stalled  # idle is not stuck
-            hung = model.submit(request(HANG))
-            await until(lambda: model.stalled)
-            assert not model.ready and model.state is ModelState.READY
-            (event,) = [event async for event in hung]
-            assert isinstance(event.error, EngineFailedError)
-            await until(lambda: model.ready)
-
-    asyncio.run(run())
 
 
 def test_the_fork_server_can_die_too() -> None:
