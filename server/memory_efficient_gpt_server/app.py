@@ -25,7 +25,7 @@ from memory_efficient_gpt_server.lifecycle import Lifecycle
 from memory_efficient_gpt_server.metrics import Metrics
 from memory_efficient_gpt_server.middleware import RequestScope
 from memory_efficient_gpt_server.models import ModelCatalog
-from memory_efficient_gpt_server.routes import chat, completions, health, models, tokenize
+from memory_efficient_gpt_server.routes import admin, chat, completions, health, models, tokenize
 from memory_efficient_gpt_server.settings import Settings
 from memory_efficient_gpt_server.text import TextPool
 
@@ -36,6 +36,7 @@ ROUTERS: Final = (
     chat.router,
     models.router,
     tokenize.router,
+    admin.router,
     health.open_router,
     health.metrics_router,
     health.about_router,

@@ -113,8 +113,13 @@ def require_key(request: Request) -> Client:
     return client
 
 
-def require_admin(client: Annotated[Client, Depends(require_key)]) -> Client:
-    """The client, who must be the administrator. Without any configured key nobody is."""
+def require_admin(request: Request, client: Annotated[Client, Depends(require_key)]) -> Client:
+    """The client, who must be the administrator. Without a configured admin key nobody is."""
+    if server_of(request).settings.admin_key is None:
+        raise AdminRequiredError(
+            "No admin key is configured, so nobody may do this. Set MEGPT_ADMIN_KEY (for example to the "
+            "output of `openssl rand -hex 32`) and start the server again."
+        )
     if not client.is_admin:
         raise AdminRequiredError("This needs the admin key (MEGPT_ADMIN_KEY).")
     return client
@@ -134,11 +139,12 @@ CurrentServer = Annotated[Server, Depends(server_of)]
 CurrentClient = Annotated[Client, Depends(require_key)]
 
 
-def json_body(schema: type[_Schema]) -> Callable[[Request], Awaitable[_Schema]]:
-    """A dependency that reads the body as `schema`."""
+def json_body(schema: type[_Schema], *, optional: bool = False) -> Callable[[Request], Awaitable[_Schema]]:
+    """A dependency that reads the body as `schema`. optional: whether no body is as good as `{}`."""
 
     async def read(request: Request) -> _Schema:
-        body = await read_body(request, server_of(request).settings)
+        absent = optional and "content-type" not in request.headers and _announces_nothing(request)
+        body = b"{}" if absent else await read_body(request, server_of(request).settings)
         try:
             return schema.model_validate_json(body, strict=True)
         except ValidationError as error:
@@ -207,6 +213,10 @@ def _require_plain_json(request: Request) -> None:
     charset = parameters.replace(" ", "").replace('"', "").lower()
     if charset not in ("", "charset=utf-8"):
         raise UnsupportedMediaTypeError(f"The body must be in UTF-8, got {parameters.strip()[:80]!r}.")
+
+
+def _announces_nothing(request: Request) -> bool:
+    return "transfer-encoding" not in request.headers and _announced_bytes(request) == 0
 
 
 def _announced_bytes(request: Request) -> int:

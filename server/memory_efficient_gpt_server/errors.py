@@ -8,8 +8,10 @@ Invariant: whatever is raised, the body has OpenAI's shape, and an unexpected er
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -100,10 +102,72 @@ class ModelLoadingError(OverloadedError):
     code = "model_loading"
 
 
+class ModelsBusyError(OverloadedError):
+    """There is no room for the model: those that are loaded are in use."""
+
+    code = "models_busy"
+
+
+class ChurnLimitedError(OverloadedError):
+    """Models were swapped too often of late."""
+
+    code = "churn_limited"
+
+
+class ModelUnloadingError(OverloadedError):
+    """An administrator unloads the model."""
+
+    code = "model_unloading"
+
+
 class DrainingError(OverloadedError):
     """The server is shutting down."""
 
     code = "draining"
+
+
+class LoadFailedError(ModelLoadError):
+    """A load on demand has failed; the message says why."""
+
+    code = "load_failed"
+
+
+class InsufficientMemoryError(MegptError):
+    """The model is larger than the budget minus what is pinned. `details`: the plan, for the error's body."""
+
+    code = "insufficient_memory"
+
+    def __init__(self, message: str, details: Mapping[str, Any]) -> None:
+        super().__init__(message, param="model")
+        self.details = details
+
+
+class ConflictError(MegptError):
+    """An administrator's wish that the model's state or settings forbid."""
+
+
+class ModelBusyError(ConflictError):
+    """The model is in use or waited for."""
+
+    code = "model_busy"
+
+
+class ModelPinnedError(ConflictError):
+    """The model is pinned."""
+
+    code = "model_pinned"
+
+
+class WrongStateError(ConflictError):
+    """The wish makes no sense in the model's state."""
+
+    code = "wrong_state"
+
+
+class NoMemoryBudgetError(ConflictError):
+    """The server keeps all its models loaded, so there is nothing to administer."""
+
+    code = "no_memory_budget"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +186,7 @@ _KINDS: Final[dict[type[BaseException], ErrorKind]] = {
     BodyTimeoutError: ErrorKind(408, "invalid_request_error"),
     BodyTooLargeError: ErrorKind(413, "invalid_request_error"),
     UnsupportedMediaTypeError: ErrorKind(415, "invalid_request_error"),
+    ConflictError: ErrorKind(409, "invalid_request_error"),
     QuotaExceededError: ErrorKind(429, "rate_limit_error"),
     ClientDisconnectedError: ErrorKind(STATUS_CLIENT_CLOSED, "client_closed_request"),
     StreamStalledError: ErrorKind(STATUS_CLIENT_CLOSED, "client_closed_request"),
@@ -130,6 +195,8 @@ _KINDS: Final[dict[type[BaseException], ErrorKind]] = {
     SamplingFailedError: ErrorKind(500, "server_error"),
     OverloadedError: ErrorKind(503, "service_unavailable_error"),
     ModelLoadError: ErrorKind(503, "service_unavailable_error"),
+    LoadFailedError: ErrorKind(500, "server_error"),
+    InsufficientMemoryError: ErrorKind(507, "insufficient_memory_error"),
     RequestTimeoutError: ErrorKind(504, "server_error"),
 }
 _INTERNAL: Final = ErrorKind(500, "server_error")
@@ -146,11 +213,12 @@ class ErrorAnswer:
     code: str
     param: str | None = None
     headers: tuple[tuple[str, str], ...] = ()
+    details: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def body(self) -> bytes:
-        """`{"error": {...}}` in OpenAI's shape."""
+        """`{"error": {...}}` in OpenAI's shape, with the error's details added to it."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return to_json({"error": error}, inf_nan_mode="constants")
+        return to_json({"error": {**error, **self.details}}, inf_nan_mode="constants")
 
     def response(self) -> Response:
         """The whole HTTP answer."""
@@ -167,7 +235,10 @@ def answer_for(error: BaseException, request_id: str) -> ErrorAnswer:
     if not isinstance(error, MegptError) or kind is _INTERNAL:
         message = f"The server failed on this request; its log has the details under id {request_id}."
         return ErrorAnswer(kind.status, message, kind.type, MegptError.code)
-    return ErrorAnswer(kind.status, error.message, kind.type, error.code, error.param, _headers(error, kind))
+    details = error.details if isinstance(error, InsufficientMemoryError) else {}
+    return ErrorAnswer(
+        kind.status, error.message, kind.type, error.code, error.param, _headers(error, kind), details
+    )
 
 
 def retry_after_s(error: OverloadedError) -> int:
@@ -204,7 +275,7 @@ def _http_answer(error: HTTPException) -> ErrorAnswer:
 def _headers(error: MegptError, kind: ErrorKind) -> tuple[tuple[str, str], ...]:
     if isinstance(error, OverloadedError):
         return (("retry-after", str(retry_after_s(error))),)
-    if isinstance(error, ModelLoadError):
+    if isinstance(error, ModelLoadError | InsufficientMemoryError):
         return (("x-should-retry", "false"),)
     if kind.status == 401:
         return (("www-authenticate", "Bearer"),)

@@ -8,7 +8,6 @@ of registered models and paths of registered routes become labels.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
@@ -20,7 +19,9 @@ from prometheus_client.registry import Collector
 
 from memory_efficient_gpt.engine_info import EngineStats
 from memory_efficient_gpt_server.admission import Admission
+from memory_efficient_gpt_server.histogram import Histogram
 from memory_efficient_gpt_server.models import ModelCatalog
+from memory_efficient_gpt_server.registry_metrics import registry_metrics
 
 TTFT_BUCKETS: Final = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -36,30 +37,6 @@ E2E_BUCKETS: Final = (
 TOKEN_BUCKETS: Final = tuple(
     float(m * 10**e) for e in range(6) for m in (1, 2, 5) if m * 10**e <= 200_000
 )  # 1 2 5 10 .. 200000
-
-
-class Histogram:
-    """Counts per bucket and a sum."""
-
-    __slots__ = ("_bounds", "_counts", "_sum")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        """Record `value`, `times` times."""
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
-
-    def cumulative(self) -> tuple[list[tuple[str, float]], float]:
-        """Prometheus' form: counts up to each bound, and the sum."""
-        running, buckets = 0, []
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
-            running += count
-            buckets.append((bound, float(running)))
-        return buckets, self._sum
 
 
 class ModelMetrics:
@@ -142,6 +119,8 @@ class Metrics(Collector):
         yield self._http_requests()
         yield _gauge("admitted_sequences", "Sequences admitted and not finished.", self._admission.sequences)
         yield _gauge("admitted_tokens", "Tokens admitted and not finished.", self._admission.tokens)
+        if self._catalog.registry is not None:
+            yield from registry_metrics(self._catalog.registry)
 
     def _model_histograms(self) -> Iterator[Metric]:
         for name, text, attribute in _HISTOGRAMS:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +21,7 @@ from memory_efficient_gpt_server.errors import DrainingError, ModelLoadingError
 
 if TYPE_CHECKING:
     from memory_efficient_gpt.tokenizer import Tokenizer
+    from memory_efficient_gpt_server.registry.owner import Registry
 
 
 class SequenceEvents(Protocol):
@@ -72,24 +74,76 @@ class ModelEngine(Protocol):
         """Give what is aboard `drain_s` seconds, then end it."""
 
 
+class ModelRegistry(Protocol):
+    """Who loads models on demand and keeps them loaded for those who hold a lease."""
+
+    def start(self) -> None:
+        """Begin to work."""
+
+    async def close(self, drain_s: float = 0.0) -> None:
+        """End every engine."""
+
+    def lease(self, name: str, wait_s: float | None = None) -> AbstractAsyncContextManager[ModelEngine]:
+        """Inside, the model is loaded. Entering it waits for that; raises MegptError."""
+
+    def needs(self, model_id: str) -> bool:
+        """Whether the server is not ready for want of this model."""
+
+
 @dataclass(slots=True)
 class ServedModel:
     """A model as the API offers it.
 
-    generation_defaults: sampling fields from the checkpoint's generation_config.json, used when a request
-    leaves the field out. created: Unix time in seconds.
+    tokenizer_source: the tokenizer, or what loads it once it is needed. generation_defaults: sampling fields
+    from the checkpoint's generation_config.json, used when a request leaves the field out. created: Unix time
+    in seconds. registry: loads it on demand; None: it is loaded at start and stays. config_vocab_size: of the
+    checkpoint, for as long as no engine has told its own; only needed with a registry.
     """
 
     id: str
     engine: ModelEngine
-    tokenizer: Tokenizer
+    tokenizer_source: Tokenizer | Callable[[], Tokenizer]
     generation_defaults: Mapping[str, float] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
+    registry: ModelRegistry | None = None
+    config_vocab_size: int = 0
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded now (which takes up to a second) unless it was; see `prepare`."""
+        if callable(self.tokenizer_source):
+            self.tokenizer_source = self.tokenizer_source()
+        return self.tokenizer_source
 
     @property
     def ready(self) -> bool:
         """Whether a request submitted now would be computed."""
         return self.engine.state == "ready" and not self.engine.stalled
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self.config_vocab_size if self.engine.info is None else self.engine.info.vocab_size
+
+    async def prepare(self) -> None:
+        """Have the tokenizer at hand. Raises OverloadedError or ModelLoadError if it takes no requests.
+
+        A model under a registry takes requests at any time.
+        """
+        if self.registry is None:
+            self.require_ready()
+        if callable(self.tokenizer_source):
+            self.tokenizer_source = await asyncio.to_thread(self.tokenizer_source)
+
+    @asynccontextmanager
+    async def lease(self) -> AsyncIterator[EngineInfo]:
+        """The loaded model's facts, and it stays loaded inside. Raises as `require_ready`, or the registry's
+        errors."""
+        if self.registry is None:
+            yield self.require_ready()
+            return
+        async with self.registry.lease(self.id):
+            yield self.require_ready()
 
     def require_ready(self) -> EngineInfo:
         """The loaded model's facts. Raises OverloadedError or ModelLoadError if it takes no requests."""
@@ -106,13 +160,16 @@ class ServedModel:
         """One sentence for a health check, or None if it is ready. Tells no paths."""
         if self.engine.state == "ready":
             return f"model {self.id} has work but makes no step" if self.engine.stalled else None
+        if self.registry is not None and not self.registry.needs(self.id):
+            return None
         return f"model {self.id} is {self.engine.state}"
 
 
 class ModelCatalog:
-    """All models of this server: id -> ServedModel."""
+    """All models of this server: id -> ServedModel. registry: loads them on demand, if there is a budget."""
 
-    def __init__(self, models: Iterable[ServedModel]) -> None:
+    def __init__(self, models: Iterable[ServedModel], registry: Registry | None = None) -> None:
+        self.registry = registry
         self._models: dict[str, ServedModel] = {}
         for model in models:
             if model.id in self._models:
@@ -136,12 +193,18 @@ class ModelCatalog:
             ) from None
 
     def start(self) -> None:
-        """Begin to load every model."""
+        """Begin to load every model, or those that the registry loads at start."""
+        if self.registry is not None:
+            self.registry.start()
+            return
         for model in self:
             model.engine.start()
 
     async def close(self, drain_s: float = 0.0) -> None:
         """End every engine; all get the same `drain_s` seconds."""
+        if self.registry is not None:
+            await self.registry.close(drain_s)
+            return
         async with asyncio.TaskGroup() as group:
             for model in self:
                 group.create_task(model.engine.close(drain_s))

@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -29,88 +25,15 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from memory_efficient_gpt.config import Dtype, EngineConfig, KVCacheDtype
 from memory_efficient_gpt.errors import ConfigError
-from memory_efficient_gpt.quantization.scheme import parse_scheme
 from memory_efficient_gpt_server.keys import key_problems
+from memory_efficient_gpt_server.model_settings import LIFECYCLE_FIELDS, LoadTime, ModelSettings, models_in
 from memory_efficient_gpt_server.settings_sources import (
     CONFIG_FILE_ENV,
     ENV_PREFIX,
     read_environ,
     read_yaml,
 )
-
-MODEL_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def _checked_id(value: str) -> str:
-    if not MODEL_ID.fullmatch(value):
-        raise ValueError(
-            f"{value!r:.80} must be a letter or digit and up to 63 letters, digits, '.', '_' or '-'"
-        )
-    return value
-
-
-class ModelSettings(BaseModel):
-    """One model to serve: its id in the API, where it is, and how its engine runs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    id: Annotated[str, AfterValidator(_checked_id)] = Field(
-        "", description="name in the API; empty takes the last part of `model`"
-    )
-    model: str = Field(
-        min_length=1, description="bundled model's name, checkpoint folder, or hub id (org/name)"
-    )
-    revision: str | None = Field(None, description="commit, tag or branch of a hub id")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    dtype: Dtype = Field("auto", description="in which is computed; of the weights unless quantized")
-    quantization: str | None = Field(
-        None, description="int4, int8, int4-g128, bnb-nf4 ...; null: weights as the checkpoint has them"
-    )
-    kv_cache_dtype: KVCacheDtype = Field("auto", description="of the KV cache")
-    max_model_len: int | None = Field(None, ge=2, description="positions of a request; null: the model's own")
-    kv_cache_bytes: int | None = Field(
-        None, ge=1, description="size of the KV cache in bytes; null: automatic"
-    )
-    num_kv_blocks: int | None = Field(
-        None, ge=2, description="size of the KV cache in blocks instead of bytes"
-    )
-    block_size: int | None = Field(
-        None, ge=1, description="tokens of a KV block; null: 16 on CPU, 64 on CUDA"
-    )
-    max_num_seqs: int = Field(64, ge=1, description="sequences computed together")
-    max_batched_tokens: int = Field(2048, ge=1, description="tokens of one engine step")
-    prefix_cache: bool = Field(True, description="whether prompts that begin alike share their KV blocks")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads; null: an equal share")
-    overlap: bool | None = Field(None, description="launch a step before the last one is read; null: on CUDA")
-    native_kernels: bool = Field(True, description="whether own kernels may be used: C++ on CPUs, Triton on CUDA")
-    tier: Literal["B", "C"] | None = Field(None, description="force how it is run; null: the probe decides")
-    debug_checks: bool = Field(False, description="check the engine's invariants at every step (slow)")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        """`demo` is short for `{model: demo}`; an absent id is the last part of the model's name."""
-        if isinstance(value, str):
-            value = {"model": value}
-        if isinstance(value, Mapping) and not value.get("id") and isinstance(value.get("model"), str):
-            value = {**value, "id": Path(value["model"].rstrip("/")).name}
-        return value
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        try:
-            if self.quantization is not None:
-                parse_scheme(self.quantization)
-            self.engine_config()
-        except ConfigError as error:
-            raise ValueError(" ".join(error.problems)) from error
-        return self
-
-    def engine_config(self) -> EngineConfig:
-        """The engine's view of this."""
-        return EngineConfig(**self.model_dump(exclude={"id"}))
 
 
 def _split(value: Any) -> Any:
@@ -143,7 +66,15 @@ class Settings(BaseSettings):
     metrics_public: bool = Field(False, description="whether /metrics answers without a key")
     models: _Models = Field((), description="models to serve: names or mappings (see below)")
     models_dir: Path | None = Field(
-        None, description="folder; each folder in it with a config.json is served"
+        None, description="folder; each folder in it with a config.json is served, on demand under a budget"
+    )
+    memory_budget_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="what loaded models may take together on a device; null: all models are loaded and stay",
+    )
+    load_wait_s: float = Field(
+        300.0, gt=0, description="longest wait of a request for a model that is not loaded, in seconds"
     )
     max_body_bytes: int = Field(2_000_000, ge=1_000, description="largest request body, in bytes")
     body_timeout_s: float = Field(30.0, gt=0, description="time for a request body to arrive, in seconds")
@@ -204,10 +135,15 @@ class Settings(BaseSettings):
         except ValueError:
             return False
 
+    @property
+    def _folder_load(self) -> LoadTime:
+        """When models of `models_dir` are loaded."""
+        return "start" if self.memory_budget_bytes is None else "on_demand"
+
     def served_models(self) -> tuple[ModelSettings, ...]:
         """`models`, then those of `models_dir`; the bundled demo if neither is set."""
         if self.models_dir is not None:
-            return self.models + tuple(_models_in(self.models_dir, []))
+            return self.models + tuple(models_in(self.models_dir, self._folder_load, []))
         return self.models or (ModelSettings(model="demo"),)
 
 
@@ -335,39 +271,19 @@ def _model_problems(settings: Settings) -> list[str]:
     problems: list[str] = []
     models = list(settings.models)
     if settings.models_dir is not None:
-        models += _models_in(settings.models_dir, problems)
+        models += models_in(settings.models_dir, settings._folder_load, problems)
+    if settings.memory_budget_bytes is None:
+        problems += [
+            f"model {model.id} sets {', '.join(given)}, which needs memory_budget_bytes: without a budget "
+            "all models are loaded at start and stay."
+            for model in settings.models
+            if (given := [name for name in LIFECYCLE_FIELDS if name in model.model_fields_set])
+        ]
     ids = [model.id for model in models]
     return problems + [
         f"{ids.count(i)} models have the id {i!r}; give them different ids."
         for i in dict.fromkeys(ids)
         if ids.count(i) > 1
-    ]
-
-
-def _models_in(folder: Path, problems: list[str]) -> list[ModelSettings]:
-    """The models of `folder`. What can't be served (a link, a name that is no id) goes to `problems`."""
-    try:
-        found = [path for path in sorted(folder.iterdir()) if (path / "config.json").is_file()]
-    except (NotADirectoryError, FileNotFoundError):
-        problems.append(f"models_dir {folder} is not a folder.")
-        return []
-    except OSError as error:
-        problems.append(f"models_dir {folder} can't be read: {error.strerror}.")
-        return []
-    if not found:
-        problems.append(
-            f"models_dir {folder} has no model: no folder in it has a config.json. Give the folder that "
-            "holds model folders, or name one model with `models`."
-        )
-    for path in found:
-        if path.is_symlink():
-            problems.append(f"models_dir has the link {path.name}; list its target under `models` instead.")
-        elif not MODEL_ID.fullmatch(path.name):
-            problems.append(f"models_dir has a folder {path.name!r} whose name can't be an id; rename it.")
-    return [
-        ModelSettings(id=path.name, model=str(path.absolute()))
-        for path in found
-        if not path.is_symlink() and MODEL_ID.fullmatch(path.name)
     ]
 
 

@@ -21,7 +21,7 @@ from memory_efficient_gpt_server.app import create_app
 from memory_efficient_gpt_server.commands.serve import listen
 from memory_efficient_gpt_server.deps import Server
 from memory_efficient_gpt_server.models import ModelCatalog, ServedModel
-from memory_efficient_gpt_server.settings import load_settings
+from memory_efficient_gpt_server.settings import Settings, load_settings
 from tests.server.scripted_model import ScriptedEngine
 
 ANSWER = "The old house stood at the end of the lane, and nobody had lived there for years."
@@ -73,16 +73,19 @@ def answer_ids(tokenizer: Tokenizer) -> list[int]:
 
 @pytest.fixture(scope="session")
 def serve(tokenizer: Tokenizer, answer_ids: list[int]) -> Serve:
-    """Start a server: `with serve(engine=..., **settings) as live`."""
+    """Start a server: `with serve(engine=..., **settings) as live`. catalog: instead of the demo's engine."""
 
     @contextlib.contextmanager
     def start(
-        engine: ScriptedEngine | None = None, defaults: dict[str, float] | None = None, **settings: Any
+        engine: ScriptedEngine | None = None,
+        defaults: dict[str, float] | None = None,
+        catalog: Callable[[Settings], ModelCatalog] | None = None,
+        **settings: Any,
     ) -> Iterator[LiveServer]:
         engine = engine or ScriptedEngine(list(answer_ids))
         model = ServedModel("demo", engine, tokenizer, defaults or {})
         checked = load_settings({"port": 0, **settings}, {}).settings
-        app = create_app(checked, ModelCatalog([model]))
+        app = create_app(checked, ModelCatalog([model]) if catalog is None else catalog(checked))
         config = uvicorn.Config(
             app, http="h11", log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1
         )

@@ -17,7 +17,7 @@ from memory_efficient_gpt_server.deps import (
     require_key,
     require_metrics_access,
 )
-from memory_efficient_gpt_server.errors import AdminRequiredError, AuthenticationError
+from memory_efficient_gpt_server.errors import AuthenticationError
 from memory_efficient_gpt_server.models import ModelCatalog
 from memory_efficient_gpt_server.settings import Settings, load_settings
 from tests.server.conftest import LiveServer, Serve
@@ -127,10 +127,21 @@ def test_metrics_can_be_public(serve: Serve) -> None:
         assert_error(client.get("/v1/models"), 401)
 
 
-def test_admin_routes_need_the_admin_key() -> None:
-    require_admin(Client("x", is_admin=True))
-    with pytest.raises(AdminRequiredError):
-        require_admin(Client("x"))
+def test_admin_routes_need_the_admin_key(guarded: LiveServer) -> None:
+    with guarded.client() as client:
+        refused = client.get("/admin/models", headers=as_(ALICE))
+        assert_error(refused, 403, code="admin_required")
+        answer = client.get("/admin/models", headers=as_(ADMIN))
+        assert_error(answer, 409, code="no_memory_budget")
+        assert "memory_budget_bytes" in answer.text
+
+
+@pytest.mark.parametrize("keys", [{}, {"api_keys": [ALICE]}])
+def test_without_an_admin_key_nobody_is_administrator(serve: Serve, keys: dict[str, list[str]]) -> None:
+    with serve(**keys) as live, live.client(headers=as_(ALICE)) as client:
+        refused = client.post("/admin/models/demo/load")
+        assert_error(refused, 403, code="admin_required")
+        assert "MEGPT_ADMIN_KEY" in refused.text and "No admin key is configured" in refused.text
 
 
 def test_all_keys_are_compared_whichever_matches(monkeypatch: pytest.MonkeyPatch) -> None:

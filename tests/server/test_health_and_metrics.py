@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from memory_efficient_gpt.engine_info import EngineStats
 from memory_efficient_gpt.errors import EngineFailedError
 from memory_efficient_gpt_server.counters import COUNTERS, add_counters
+from memory_efficient_gpt_server.histogram import Histogram
 from memory_efficient_gpt_server.logs import HumanFormatter, JsonFormatter, configure_logging, request_id_var
-from memory_efficient_gpt_server.metrics import Histogram
 from tests.server.conftest import LiveServer, Serve
 from tests.server.scripted_model import ScriptedEngine
 from tests.server.test_bad_requests import assert_error

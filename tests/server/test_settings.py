@@ -11,7 +11,8 @@ import yaml
 
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.errors import ConfigError
-from memory_efficient_gpt_server.settings import ModelSettings, Settings, load_settings
+from memory_efficient_gpt_server.model_settings import LIFECYCLE_FIELDS, ModelSettings
+from memory_efficient_gpt_server.settings import Settings, load_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KEY = "k" * 32
@@ -190,8 +191,8 @@ def test_wrong_models_are_problems(tmp_path: Path) -> None:
 def test_model_settings_follow_the_engines_config() -> None:
     engine = {f.name: f.default for f in dataclasses.fields(EngineConfig)}
     mine = {name: field.default for name, field in ModelSettings.model_fields.items()}
-    assert set(mine) == {"id", *engine}
-    assert {n: d for n, d in mine.items() if n not in ("id", "model")} == {
+    assert set(mine) == {"id", *engine, *LIFECYCLE_FIELDS}
+    assert {n: d for n, d in mine.items() if n not in ("id", "model", *LIFECYCLE_FIELDS)} == {
         n: d for n, d in engine.items() if n != "model"
     }
     assert all(field.description for field in ModelSettings.model_fields.values())
@@ -216,3 +217,32 @@ def test_team_yaml_is_valid() -> None:
     loaded = load_settings({}, {"MEGPT_API_KEYS": KEY}, CONFIGS / "team.yaml")
     assert len(loaded.settings.served_models()) >= 2 and not loaded.settings.loopback
     assert "API key" in problems_of({}, {}, CONFIGS / "team.yaml")
+
+
+def test_many_models_yaml_is_valid() -> None:
+    settings = load_settings({}, {}, CONFIGS / "many_models.yaml").settings
+    assert settings.memory_budget_bytes is not None
+    house, writer, _ = settings.served_models()
+    assert house.pinned and house.load == "start"
+    assert writer.load == "on_demand" and writer.ttl_s == 600
+
+
+@pytest.mark.parametrize("field", LIFECYCLE_FIELDS)
+def test_what_only_a_budget_makes_true_needs_one(field: str) -> None:
+    value = {"load": "on_demand", "pinned": True, "ttl_s": 60, "min_residency_s": 5, "priority": 1}[field]
+    models = [{"model": "demo", field: value}]
+    told = problems_of({"models": models}, {})
+    assert "model demo" in told and field in told and "memory_budget_bytes" in told
+    settings = load_settings({"models": models, "memory_budget_bytes": 10**9}, {}).settings
+    assert getattr(settings.models[0], field) == value
+    assert settings.models[0].engine_config() == EngineConfig(model="demo")
+
+
+def test_a_folder_of_models_is_loaded_on_demand_under_a_budget(tmp_path: Path) -> None:
+    (tmp_path / "alpha").mkdir()
+    (tmp_path / "alpha" / "config.json").write_text("{}")
+    settings = load_settings({"models_dir": tmp_path, "memory_budget_bytes": 10**9}, {}).settings
+    (model,) = settings.served_models()
+    assert model.load == "on_demand"
+    (same,) = load_settings({"models_dir": tmp_path}, {}).settings.served_models()
+    assert same.load == "start"

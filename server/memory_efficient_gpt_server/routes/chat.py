@@ -43,13 +43,13 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation."""
     model = server.catalog.get(body.model)
-    info = model.require_ready()
+    await model.prepare()
     params = body.sampling(
         model.generation_defaults,
         max_tokens=body.output_limit,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    validate_sampling(params, body, info.vocab_size)
+    validate_sampling(params, body, model.vocab_size)
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
     dialect = ChatDialect(completion_id, model, body.include_usage)
     job = Job(completion_id, model, (Conversation(body.messages),), params, body, dialect, "messages")

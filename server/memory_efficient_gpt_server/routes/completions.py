@@ -48,7 +48,7 @@ async def create_completion(
 ) -> Response:
     """Continue one or several prompts."""
     model = server.catalog.get(body.model)
-    info = model.require_ready()
+    await model.prepare()
     echo, score_only = bool(body.echo), body.max_tokens == 0
     if score_only and not echo:
         raise InvalidRequestError(
@@ -62,7 +62,7 @@ async def create_completion(
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if echo else None,
     )
-    validate_sampling(params, body, info.vocab_size)
+    validate_sampling(params, body, model.vocab_size)
     if score_only:
         params = replace(params, logprobs=None)
     completion_id = f"cmpl-{uuid.uuid4().hex}"

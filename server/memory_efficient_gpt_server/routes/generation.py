@@ -1,8 +1,9 @@
 """One generation, from admission to the last byte, for every API format.
 
-Purpose: reserve, tokenize, submit, turn events into text, answer plainly or as a stream, clean up.
+Purpose: reserve, lease, tokenize, submit, turn events into text, answer plainly or as a stream, clean up.
 Does not know: the formats (`Dialect`), processes (`ModelEngine`).
-Invariant: however a request ends, its sequences are aborted or finished and its reservation is released.
+Invariant: however a request ends, its sequences are aborted or finished, its lease and its reservation
+are given back.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Final
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from memory_efficient_gpt.engine_info import EngineInfo
 from memory_efficient_gpt.errors import EngineFailedError, MegptError
 from memory_efficient_gpt.output import TextAssembler
 from memory_efficient_gpt.request import FinishReason, Request, SamplingParams, SequenceEvent
@@ -147,25 +149,25 @@ class GenerationResponse(Response):
 
     @contextlib.asynccontextmanager
     async def _generation(self) -> AsyncIterator[Generation]:
-        """Admitted, tokenized and submitted; ended and accounted for on leaving."""
+        """Admitted, its model loaded, tokenized and submitted; ended and accounted for on leaving."""
         job, server = self._job, self._server
         sequences = job.params.n * len(job.prompts)
         guess = sum(map(estimated_tokens, job.prompts)) * job.params.n + job.charged_tokens
         with server.admission.reserve(self._client.id, sequences, guess) as reservation:
-            prompts = await self._encode()
-            reservation.correct(sum(map(len, prompts)) * job.params.n + job.charged_tokens)
-            generation = Generation(job, prompts, server.metrics.of(job.model.id), self._record)
-            try:
-                generation.submit(self._client)
-                yield generation
-            finally:
-                await generation.close()
-                usage = generation.usage
-                reservation.release(usage.prompt_tokens + usage.completion_tokens)
+            async with job.model.lease() as info:
+                prompts = await self._encode(info)
+                reservation.correct(sum(map(len, prompts)) * job.params.n + job.charged_tokens)
+                generation = Generation(job, prompts, server.metrics.of(job.model.id), self._record)
+                try:
+                    generation.submit(self._client)
+                    yield generation
+                finally:
+                    await generation.close()
+                    usage = generation.usage
+                    reservation.release(usage.prompt_tokens + usage.completion_tokens)
 
-    async def _encode(self) -> list[tuple[int, ...]]:
+    async def _encode(self, info: EngineInfo) -> list[tuple[int, ...]]:
         job = self._job
-        info = job.model.require_ready()
         prompts = []
         for number, prompt in enumerate(job.prompts):
             token_ids = await self._server.text_pool.run(

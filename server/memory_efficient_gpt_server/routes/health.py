@@ -28,7 +28,7 @@ async def livez() -> dict[str, str]:
 
 @open_router.get("/readyz")
 async def readyz(server: CurrentServer) -> Response:
-    """200 if every model takes requests, else 503 and the reasons."""
+    """200 if every model takes requests (or is loaded for them), else 503 and the reasons."""
     reasons = [reason for model in server.catalog if (reason := model.why_not_ready())]
     if server.lifecycle.draining:
         reasons.insert(0, "the server is shutting down")

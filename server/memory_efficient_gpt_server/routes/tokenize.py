@@ -35,7 +35,7 @@ async def tokenize(
 ) -> Response:
     """Token ids of a text, or of a conversation through the chat template."""
     model = server.catalog.get(body.model)
-    info = model.require_ready()
+    await model.prepare()
     record_of(request).model = model.id
     prompt = Conversation(body.messages or []) if body.prompt is None else body.prompt
     async with server.lifecycle.running(request.receive, server.settings.request_timeout_s):
@@ -44,7 +44,9 @@ async def tokenize(
                 size_of(prompt),
                 lambda: encode(model.tokenizer, prompt, special_tokens=body.add_special_tokens is not False),
             )
-    answer = {"count": len(token_ids), "max_model_len": info.max_model_len, "tokens": token_ids}
+    info = model.engine.info
+    most = None if info is None else info.max_model_len  # not known before the model was loaded once
+    answer = {"count": len(token_ids), "max_model_len": most, "tokens": token_ids}
     return Response(to_json(answer), media_type="application/json")
 
 
@@ -57,9 +59,9 @@ async def detokenize(
 ) -> dict[str, str]:
     """The text of token ids."""
     model = server.catalog.get(body.model)
-    info = model.require_ready()
+    await model.prepare()
     record_of(request).model = model.id
-    check_token_ids(body.tokens, info.vocab_size, "tokens")
+    check_token_ids(body.tokens, model.vocab_size, "tokens")
     async with server.lifecycle.running(request.receive, server.settings.request_timeout_s):
         with server.admission.reserve(client.id, 1, len(body.tokens)):
             text = await server.text_pool.run(len(body.tokens), lambda: model.tokenizer.decode(body.tokens))

@@ -1,4 +1,4 @@
-"""From settings to models."""
+"""What a checkpoint recommends for sampling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from memory_efficient_gpt.errors import CheckpointError
-from memory_efficient_gpt_server.hosting import generation_defaults
+from memory_efficient_gpt_server.generation_defaults import generation_defaults
 
 
 def test_recommended_sampling_is_taken_over(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""What the owner is given of each model, and what it needs of an engine that it starts.
+
+Purpose: the seam between the registry and whatever runs models.
+Does not know: settings, worker processes.
+Invariant: a hosted model's key never changes; each engine is started once and closed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from memory_efficient_gpt_server.models import ModelEngine
+from memory_efficient_gpt_server.registry.variants import Estimate, ModelEntry, VariantKey
+
+
+class LoadableEngine(ModelEngine, Protocol):
+    """An engine that is loaded once and gone when `close` returns."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its process while there is one."""
+
+    async def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Return once it is ready. Raises ModelLoadError if it failed or was closed, TimeoutError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provision:
+    """What a model takes, and how to make an engine (not started) that takes it."""
+
+    estimate: Estimate
+    make_engine: Callable[[], LoadableEngine]
+
+
+@dataclass(frozen=True, slots=True)
+class HostedModel:
+    """A model that can be loaded.
+
+    provide: looks at the checkpoint, which may take a second; called in a thread, and not again once it has
+    succeeded. Raises MegptError. at_start: whether the model is loaded when the server starts, rather than
+    when it is first asked for.
+    """
+
+    entry: ModelEntry
+    key: VariantKey
+    provide: Callable[[], Provision]
+    at_start: bool = False
+
+    @property
+    def id(self) -> str:
+        """Its id in the API."""
+        return self.entry.id

@@ -1,0 +1,55 @@
+"""A model of the registry as a JSON object.
+
+Purpose: what administrators see of one model.
+Does not know: HTTP.
+Invariant: sizes are bytes, times seconds; what is not known is null.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from memory_efficient_gpt_server.registry.owner import Registry
+from memory_efficient_gpt_server.registry.variants import Estimate
+
+
+def model_view(registry: Registry, model_id: str) -> dict[str, Any]:
+    """The model `model_id`, which must be registered."""
+    model, record = registry.models[model_id], registry.record(model_id)
+    engine, pid = registry.engine(model_id), registry.pid(model_id)
+    life = None if record is None else record.life
+    return {
+        "id": model_id,
+        "state": engine.state,
+        "reason": engine.reason,
+        "state_age_s": None if life is None else registry.age_s(life.since_s),
+        "retry_in_s": None if life is None or life.retry_at_s is None else -registry.age_s(life.retry_at_s),
+        "idle_s": None if record is None or record.leases else registry.age_s(record.last_used_s),
+        "leases": 0 if record is None else len(record.leases),
+        "waiting": len(registry.state.queue.of(model.key)),
+        "pinned": model.entry.pinned,
+        "ttl_s": model.entry.ttl_s,
+        "min_residency_s": model.entry.min_residency_s,
+        "priority": model.entry.priority,
+        "load": "start" if model.at_start else "on_demand",
+        "estimated_bytes": None if record is None else _sizes(record.estimate),
+        "measured_bytes": None if record is None or record.measured is None else _sizes(record.measured),
+        "process_rss_bytes": None if pid is None else _rss_bytes(pid),
+        "last_load_s": None if record is None else record.timings.load_s,
+        "last_unload_s": None if record is None else record.timings.unload_s,
+    }
+
+
+def _sizes(estimate: Estimate) -> dict[str, int]:
+    return {str(kind): size for kind, size in estimate.by_kind().items()}
+
+
+def _rss_bytes(pid: int) -> int | None:
+    """What a process has in RAM, pages shared with others included; None where /proc does not tell."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    found = [line for line in status.splitlines() if line.startswith("VmRSS:")]
+    return int(found[0].split()[1]) * 1024 if found else None

@@ -1,0 +1,293 @@
+"""The one task that owns the registry's state: events go in by an inbox, effects come out as deeds.
+
+Purpose: leases, loads and unloads of real engines, decided by `reducer.step`.
+Does not know: HTTP, settings, worker processes (it sees engines through `LoadableEngine`).
+Invariant: only the owner task changes the state; every waiter and operation is answered once, also when the
+owner fails on its event or closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+
+from memory_efficient_gpt.errors import MegptError, ModelNotFoundError
+from memory_efficient_gpt_server.models import ModelEngine
+from memory_efficient_gpt_server.registry.answers import Answers
+from memory_efficient_gpt_server.registry.effects import (
+    Abort,
+    Effect,
+    Finish,
+    GrantLease,
+    Refuse,
+    StartLoad,
+    StartUnload,
+)
+from memory_efficient_gpt_server.registry.events import (
+    AdminLoad,
+    AdminUnload,
+    Asked,
+    Event,
+    LeaseReleased,
+    Left,
+    Loaded,
+    Tick,
+    UnloadMode,
+)
+from memory_efficient_gpt_server.registry.hosted import HostedModel, LoadableEngine
+from memory_efficient_gpt_server.registry.lease import Lease
+from memory_efficient_gpt_server.registry.ledger import Budget
+from memory_efficient_gpt_server.registry.managed_engine import ManagedEngine
+from memory_efficient_gpt_server.registry.planning import LoadRequest, Plan, plan
+from memory_efficient_gpt_server.registry.processes import Processes
+from memory_efficient_gpt_server.registry.provisions import Provisions
+from memory_efficient_gpt_server.registry.records import Policy, RegistryState, VariantRecord
+from memory_efficient_gpt_server.registry.reducer import step
+from memory_efficient_gpt_server.registry.refusals import abort_error, error_for
+from memory_efficient_gpt_server.registry.states import Life, State
+from memory_efficient_gpt_server.registry.tally import Tally
+from memory_efficient_gpt_server.registry.variants import VariantKey, find_entry
+
+logger = logging.getLogger(__name__)
+
+TICK_S: Final = 0.25
+"""Deadlines are kept, and dead workers noticed, with this delay at most."""
+
+
+class Registry:
+    """All models under a budget. Used from one event loop; `start` it there.
+
+    budgets: by device; "cpu" must be among them. clock: monotonic, in seconds.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[HostedModel],
+        budgets: Mapping[str, Budget],
+        policy: Policy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.models = {model.id: model for model in models}
+        self.state = RegistryState.initial(budgets, {m.id: m.entry for m in self.models.values()}, policy)
+        self.tally = Tally()
+        self._provisions = Provisions({model.key: model for model in self.models.values()})
+        self._processes = Processes(self._make_engine, self._post, self._outlive, self.tally)
+        self._engines = {i: self._managed(model) for i, model in self.models.items()}
+        self._clock = clock
+        self._inbox: asyncio.Queue[tuple[Event, asyncio.Future[None] | None]] = asyncio.Queue()
+        self._answers = Answers()
+        self._leases: dict[int, Lease] = {}
+        self._loaded_once: set[str] = set()
+        self._owner: asyncio.Task[None] | None = None
+        self._first_loads: asyncio.Task[None] | None = None
+
+    # ---- for those who serve requests
+
+    def lease(self, name: str, wait_s: float | None = None) -> Lease:
+        """A lease to enter. wait_s: longest wait for a load (None: as long as anyone may; 0: none).
+
+        Raises ModelNotFoundError. Entering raises the errors of refusals.py.
+        """
+        return Lease(self, self.hosted(name).key, wait_s)
+
+    def engine(self, model_id: str) -> ManagedEngine:
+        """The model's engine, loaded or not."""
+        return self._engines[model_id]
+
+    def needs(self, model_id: str) -> bool:
+        """Whether the server isn't ready for want of it: to be loaded at start, and never was or failed."""
+        if not self.models[model_id].at_start:
+            return False
+        return model_id not in self._loaded_once or self._life(model_id).state is State.FAILED
+
+    async def grant(self, lease: Lease) -> ModelEngine:
+        """Wait until the lease is granted. Raises MegptError; cancelled, nothing is asked for any more."""
+        model_id = lease.key.model_id
+        estimate = (await self._provisions.of(lease.key)).estimate
+        lease.id = self._answers.new_id()
+        answer = self._answers.expect(lease.id, model_id)
+        self._leases[lease.id] = lease
+        self._post(Asked(lease.id, lease.key, estimate, lease.wait_s))
+        try:
+            await answer
+        except BaseException as error:
+            del self._leases[lease.id]
+            if isinstance(error, asyncio.CancelledError):
+                self._answers.forget(lease.id)
+                self._post(Left(lease.id, lease.key))
+            raise
+        return self._engines[model_id]
+
+    def take_back(self, lease: Lease) -> None:
+        """The work under the lease has ended."""
+        assert lease.id is not None, "a lease that was never granted"
+        self._leases.pop(lease.id, None)
+        self._post(LeaseReleased(lease.id, lease.key))
+
+    # ---- for administrators
+
+    def hosted(self, name: str) -> HostedModel:
+        """The model of that id or alias. Raises ModelNotFoundError."""
+        entry = find_entry(self.state.entries, name)
+        if entry is None:
+            known = ", ".join(sorted(self.models)) or "none"
+            raise ModelNotFoundError(f"There is no model {name[:80]!r} here. Models: {known}.", param="model")
+        return self.models[entry.id]
+
+    def record(self, model_id: str) -> VariantRecord | None:
+        """What is known of the model's variant; None before anyone asked for it."""
+        return self.state.records.get(self.models[model_id].key)
+
+    def age_s(self, then_s: float) -> float:
+        """Seconds since a time of the registry's clock."""
+        return self._clock() - then_s
+
+    def pid(self, model_id: str) -> int | None:
+        """The model's process while there is one."""
+        engine = self._processes.engine(self.models[model_id].key)
+        return None if engine is None else engine.pid
+
+    async def plan(self, name: str) -> Plan:
+        """What loading the model would mean now. Changes nothing.
+
+        Raises ModelNotFoundError, LoadFailedError.
+        """
+        key = self.hosted(name).key
+        estimate = (await self._provisions.of(key)).estimate
+        return plan(LoadRequest(key, estimate), self.state, self._clock())
+
+    async def load(self, name: str) -> asyncio.Future[None]:
+        """Load a model for nobody's request. The future has the answer; it may be there already.
+
+        Raises ModelNotFoundError, LoadFailedError.
+        """
+        model = self.hosted(name)
+        estimate = (await self._provisions.of(model.key)).estimate
+        operation = self._answers.new_id()
+        return await self._begin(operation, model.id, AdminLoad(operation, model.key, estimate))
+
+    async def unload(
+        self, name: str, mode: UnloadMode = UnloadMode.DRAIN, deadline_s: float | None = None
+    ) -> asyncio.Future[None]:
+        """Unload a model; as `load`. deadline_s: for DRAIN, seconds until the work under way is cut."""
+        model = self.hosted(name)
+        operation = self._answers.new_id()
+        return await self._begin(operation, model.id, AdminUnload(operation, model.key, mode, deadline_s))
+
+    # ---- life
+
+    def start(self) -> None:
+        """Begin to work, and to load what is to be loaded at start: the pinned first, then by priority."""
+        self._owner = asyncio.create_task(self._run(), name="registry")
+        self._first_loads = asyncio.create_task(self._load_first(), name="first loads")
+
+    async def close(self, drain_s: float = 0.0) -> None:
+        """Refuse everything from now on, then end all engines; they get `drain_s` seconds."""
+        self._answers.close()
+        for task in (self._first_loads, self._owner):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        await self._processes.close(drain_s)
+
+    async def _load_first(self) -> None:
+        first = [model for model in self.models.values() if model.at_start]
+        for model in sorted(first, key=lambda m: (not m.entry.pinned, -m.entry.priority)):
+            try:
+                await self.load(model.id)
+            except MegptError as error:
+                logger.error("%s is not loaded at start: %s", model.id, error.message)
+
+    async def _run(self) -> None:
+        next_look_s = self._clock()
+        while True:
+            if self._clock() >= next_look_s:
+                next_look_s = self._clock() + TICK_S
+                self._processes.watch()
+                self._step(Tick())
+            try:
+                async with asyncio.timeout(max(0.0, next_look_s - self._clock())):
+                    event, stepped = await self._inbox.get()
+            except TimeoutError:
+                continue
+            self._step(event)
+            if stepped is not None and not stepped.done():
+                stepped.set_result(None)
+
+    def _step(self, event: Event) -> None:
+        try:
+            self.state, effects = step(self.state, event, self._clock())
+        except Exception:  # the task's boundary: the state is as it was, and the asker must not wait for ever
+            logger.exception("The registry failed on %s.", type(event).__name__)
+            self._answers.give(_asker(event), RuntimeError(f"the registry failed on {type(event).__name__}"))
+            return
+        if isinstance(event, Loaded) and self.state.records[event.key].state is State.READY:
+            self._loaded_once.add(event.key.model_id)
+        for effect in effects:
+            try:
+                self._execute(effect)
+            except Exception:  # as above: the other effects are still due
+                logger.exception("The registry could not do %s.", effect)
+
+    def _execute(self, effect: Effect) -> None:
+        match effect:
+            case GrantLease(waiter) | Finish(waiter):
+                self._answers.give(waiter)
+            case Refuse(waiter):
+                self._answers.give(waiter, error_for(effect, self._answers.model_id(waiter)))
+            case Abort(lease, key, reason):
+                if lease in self._leases:
+                    self._leases[lease].abort(abort_error(reason, key.model_id))
+            case StartLoad(key, reserved):
+                logger.info("Loading %s.", key)
+                self._processes.load(key, reserved)
+            case StartUnload(key, reason):
+                logger.info("Unloading %s (%s).", key, reason)
+                self._processes.unload(key, reason)
+            case _:
+                # no estimate says that it can sleep, and nobody asks for other KV sizes
+                raise AssertionError(f"workers can't do {type(effect).__name__}")
+
+    async def _begin(self, operation: int, model_id: str, event: Event) -> asyncio.Future[None]:
+        """Post an administrator's event and wait until it was considered."""
+        answer = self._answers.expect(operation, model_id, log_failure=True)
+        stepped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._post(event, stepped)
+        await asyncio.wait([stepped, answer], return_when=asyncio.FIRST_COMPLETED)
+        return answer
+
+    def _post(self, event: Event, stepped: asyncio.Future[None] | None = None) -> None:
+        if not self._answers.closed:
+            self._inbox.put_nowait((event, stepped))
+
+    # ---- engines
+
+    def _make_engine(self, key: VariantKey) -> LoadableEngine:
+        provision = self._provisions.known(key)
+        assert provision is not None, "nobody can ask for what was not provided for"
+        return provision.make_engine()
+
+    def _managed(self, model: HostedModel) -> ManagedEngine:
+        return ManagedEngine(
+            model.id, lambda: self._life(model.id), lambda: self._processes.engine(model.key)
+        )
+
+    def _life(self, model_id: str) -> Life:
+        record = self.state.records.get(self.models[model_id].key)
+        return Life() if record is None else record.life
+
+    def _outlive(self, key: VariantKey, engine: LoadableEngine) -> None:
+        self._engines[key.model_id].outlived(engine)
+
+
+def _asker(event: Event) -> int | None:
+    match event:
+        case Asked(waiter):
+            return waiter
+        case AdminLoad(operation) | AdminUnload(operation):
+            return operation
+        case _:
+            return None

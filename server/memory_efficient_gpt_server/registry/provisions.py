@@ -1,0 +1,47 @@
+"""What each model takes, found out once.
+
+Purpose: call `HostedModel.provide` off the event loop, one call however many ask.
+Does not know: checkpoints, memory.
+Invariant: a failure is told to those who asked and not remembered: a repaired folder is looked at again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from memory_efficient_gpt.errors import MegptError
+from memory_efficient_gpt_server.errors import LoadFailedError
+from memory_efficient_gpt_server.registry.hosted import HostedModel, Provision
+from memory_efficient_gpt_server.registry.variants import VariantKey
+
+
+class Provisions:
+    """Those that are known, by key. Used from one event loop."""
+
+    def __init__(self, hosted: Mapping[VariantKey, HostedModel]) -> None:
+        self._hosted = hosted
+        self._known: dict[VariantKey, Provision] = {}
+        self._asked: dict[VariantKey, asyncio.Task[Provision]] = {}
+
+    def known(self, key: VariantKey) -> Provision | None:
+        """What was found out so far."""
+        return self._known.get(key)
+
+    async def of(self, key: VariantKey) -> Provision:
+        """The model's provision. Raises LoadFailedError if its checkpoint is unusable."""
+        if key in self._known:
+            return self._known[key]
+        task = self._asked.get(key)
+        if task is None:
+            task = self._asked[key] = asyncio.create_task(asyncio.to_thread(self._hosted[key].provide))
+            task.add_done_callback(lambda done: self._found(key, done))
+        try:
+            return await asyncio.shield(task)
+        except MegptError as error:
+            raise LoadFailedError(f"Model {key.model_id} can't be loaded: {error.message}") from error
+
+    def _found(self, key: VariantKey, task: asyncio.Task[Provision]) -> None:
+        del self._asked[key]
+        if not task.cancelled() and task.exception() is None:
+            self._known[key] = task.result()

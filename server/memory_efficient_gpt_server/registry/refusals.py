@@ -1,0 +1,113 @@
+"""From the registry's refusals to errors that users read.
+
+Purpose: one sentence for each refusal and each aborted lease: what, why, and what to do next.
+Does not know: HTTP statuses (errors.py has them).
+Invariant: every RefusalKind and every AbortReason has an error.
+"""
+
+from __future__ import annotations
+
+from memory_efficient_gpt.errors import EngineFailedError, MegptError, ModelNotFoundError
+from memory_efficient_gpt_server.errors import (
+    ChurnLimitedError,
+    InsufficientMemoryError,
+    LoadFailedError,
+    ModelBusyError,
+    ModelLoadingError,
+    ModelPinnedError,
+    ModelsBusyError,
+    ModelUnloadingError,
+    ServerFullError,
+    WrongStateError,
+)
+from memory_efficient_gpt_server.registry.effects import AbortReason, RefusalKind, Refuse
+from memory_efficient_gpt_server.registry.plan_view import plan_view
+
+DEFAULT_RETRY_AFTER_S = 5.0
+
+
+def error_for(refusal: Refuse, model_id: str) -> MegptError:
+    """The error for whoever asked for `model_id`."""
+    wait_s = DEFAULT_RETRY_AFTER_S if refusal.retry_after_s is None else refusal.retry_after_s
+    match refusal.kind:
+        case RefusalKind.MODEL_NOT_FOUND:
+            return ModelNotFoundError(f"There is no model {model_id!r} here.", param="model")
+        case RefusalKind.INSUFFICIENT_MEMORY:
+            return _insufficient(refusal, model_id)
+        case RefusalKind.LOAD_FAILED:
+            return LoadFailedError(
+                f"Model {model_id} could not be loaded: {refusal.detail or 'no reason was given'}. "
+                f"A request {wait_s:.0f} s from now tries again."
+            )
+        case RefusalKind.MODEL_BUSY:
+            return ModelBusyError(
+                f"Model {model_id} is in use or waited for. Try again later, or use mode drain or abort."
+            )
+        case RefusalKind.MODEL_PINNED:
+            return ModelPinnedError(
+                f"Model {model_id} is pinned, so it stays. Set pinned to false in the settings to unload it."
+            )
+        case RefusalKind.WRONG_STATE:
+            return WrongStateError(
+                f"Model {model_id} can't do that now; GET /admin/models/{model_id} tells its state."
+            )
+        case _:
+            return _try_again(refusal.kind, model_id, wait_s)
+
+
+def _try_again(kind: RefusalKind, model_id: str, wait_s: float) -> MegptError:
+    match kind:
+        case RefusalKind.QUEUE_FULL:
+            return ServerFullError(
+                f"Too many requests wait for models to be loaded, {model_id} among them. Try again later.",
+                retry_after_s=wait_s,
+            )
+        case RefusalKind.CHURN_LIMITED:
+            return ChurnLimitedError(
+                f"Models were swapped too often of late, so {model_id} is not loaded now. Try again later, "
+                "or use fewer models at a time.",
+                retry_after_s=wait_s,
+            )
+        case RefusalKind.MODELS_BUSY:
+            return ModelsBusyError(
+                f"There was no room for model {model_id}: the loaded models are in use. Try again later.",
+                retry_after_s=wait_s,
+            )
+        case RefusalKind.DRAINING:
+            return ModelUnloadingError(
+                f"Model {model_id} is being unloaded by an administrator. Try again later.",
+                retry_after_s=wait_s,
+            )
+        case _:
+            return ModelLoadingError(
+                f"Model {model_id} is not loaded yet. The load goes on: try again later.",
+                retry_after_s=wait_s,
+            )
+
+
+def abort_error(reason: AbortReason, model_id: str) -> MegptError:
+    """Why work under a lease was ended."""
+    if reason is AbortReason.WORKER_DIED:
+        return EngineFailedError(f"The worker of {model_id} died while this request was aboard. Retry.")
+    return ModelUnloadingError(
+        f"An administrator unloaded model {model_id} while this request was under way. Send it again.",
+        retry_after_s=DEFAULT_RETRY_AFTER_S,
+    )
+
+
+def _insufficient(refusal: Refuse, model_id: str) -> InsufficientMemoryError:
+    if refusal.plan is None:
+        return InsufficientMemoryError(
+            f"There is not enough host memory to put model {model_id} to sleep.", {"plan": None}
+        )
+    plan = refusal.plan
+    short = [
+        f"{size:,} bytes of {device}, where at most {plan.reservable[device]:,} can be freed"
+        for device, size in plan.needed.items()
+        if size > plan.reservable[device]
+    ]
+    return InsufficientMemoryError(
+        f"Model {model_id} needs {' and '.join(short)}. Raise memory_budget_bytes, unpin a model, or lower "
+        f"the model's kv_cache_bytes.",
+        {"plan": plan_view(plan)},
+    )

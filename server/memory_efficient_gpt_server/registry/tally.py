@@ -1,0 +1,39 @@
+"""What the registry counts: loads, evictions, their times.
+
+Purpose: plain numbers for Prometheus and for administrators.
+Does not know: Prometheus.
+Invariant: only ids of registered models are counted under; everything happens on the event loop.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Final
+
+from memory_efficient_gpt_server.histogram import Histogram
+
+LOAD_BUCKETS: Final = (
+    0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0, 600.0,
+)  # fmt: skip
+
+
+class Tally:
+    """loads: by (model id, "success" or "failure"). unloads: by (model id, reason)."""
+
+    def __init__(self) -> None:
+        self.loads: Counter[tuple[str, str]] = Counter()
+        self.unloads: Counter[tuple[str, str]] = Counter()
+        self.load_s: defaultdict[str, Histogram] = defaultdict(lambda: Histogram(LOAD_BUCKETS))
+
+    def loaded(self, model_id: str, seconds: float) -> None:
+        """A load has succeeded after so long."""
+        self.loads[model_id, "success"] += 1
+        self.load_s[model_id].observe(seconds)
+
+    def failed(self, model_id: str) -> None:
+        """A load has failed."""
+        self.loads[model_id, "failure"] += 1
+
+    def unloaded(self, model_id: str, reason: str) -> None:
+        """A process is told to end."""
+        self.unloads[model_id, reason] += 1

@@ -1,0 +1,90 @@
+"""The registry's numbers for Prometheus.
+
+Purpose: states, loads, evictions, queue and bytes of models that are loaded on demand.
+Does not know: how any of it comes about.
+Invariant: only ids of registered models become labels; every model has exactly one state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from memory_efficient_gpt_server.registry.effects import UnloadReason
+from memory_efficient_gpt_server.registry.owner import Registry
+from memory_efficient_gpt_server.registry.states import State
+
+_EVICTIONS = frozenset({UnloadReason.BUDGET, UnloadReason.OVERCOMMIT, UnloadReason.TTL, UnloadReason.ADMIN})
+
+
+def registry_metrics(registry: Registry) -> Iterator[Metric]:
+    """All of them."""
+    yield _states(registry)
+    yield from _loads(registry)
+    yield _evictions(registry)
+    yield GaugeMetricFamily(
+        "megpt_load_queue_depth", "Requests that wait for a model.", value=len(registry.state.queue)
+    )
+    yield _leases(registry)
+    yield from _memory(registry)
+
+
+def _states(registry: Registry) -> Metric:
+    family = GaugeMetricFamily(
+        "megpt_model_state", "1 for the state the model is in, else 0.", labels=["model", "state"]
+    )
+    for model_id in registry.models:
+        record = registry.record(model_id)
+        present = State.UNLOADED if record is None else record.state
+        for state in State:
+            family.add_metric([model_id, state], float(state is present))
+    return family
+
+
+def _loads(registry: Registry) -> Iterator[Metric]:
+    loads = CounterMetricFamily("megpt_model_loads", "Loads ended, by result.", labels=["model", "result"])
+    for (model_id, result), count in sorted(registry.tally.loads.items()):
+        loads.add_metric([model_id, result], count)
+    yield loads
+    seconds = HistogramMetricFamily(
+        "megpt_model_load_seconds", "Time from the start of a load to a ready model.", labels=["model"]
+    )
+    for model_id, histogram in sorted(registry.tally.load_s.items()):
+        buckets, total = histogram.cumulative()
+        seconds.add_metric([model_id], buckets, total)
+    yield seconds
+
+
+def _evictions(registry: Registry) -> Metric:
+    family = CounterMetricFamily(
+        "megpt_model_evictions", "Models unloaded, by reason; failures are loads.", labels=["model", "reason"]
+    )
+    for (model_id, reason), count in sorted(registry.tally.unloads.items()):
+        if reason in _EVICTIONS:
+            family.add_metric([model_id, reason], count)
+    return family
+
+
+def _leases(registry: Registry) -> Metric:
+    family = GaugeMetricFamily("megpt_model_leases", "Requests that keep a model loaded.", labels=["model"])
+    for model_id in registry.models:
+        record = registry.record(model_id)
+        family.add_metric([model_id], 0 if record is None else len(record.leases))
+    return family
+
+
+def _memory(registry: Registry) -> Iterator[Metric]:
+    ledger = registry.state.ledger
+    budget = GaugeMetricFamily("megpt_memory_budget_bytes", "What models may take.", labels=["device"])
+    for device, limits in ledger.budgets.items():
+        budget.add_metric([device], limits.total_bytes)
+    yield budget
+    held = GaugeMetricFamily(
+        "megpt_memory_bytes", "What models take, by kind.", labels=["model", "device", "kind"]
+    )
+    for owner, entries in ledger.entries.items():
+        for entry in entries:
+            held.add_metric([getattr(owner, "model_id", str(owner)), entry.device, entry.kind], entry.bytes)
+    yield held

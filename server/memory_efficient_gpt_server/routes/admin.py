@@ -1,0 +1,109 @@
+"""/admin: load and unload models, ask what would fit, see who has which memory.
+
+Purpose: the registry's wishes and views over HTTP, for the holder of the admin key.
+Does not know: how models are loaded, who is evicted.
+Invariant: an operation is answered at once if it is done or refused at once, else with 202 unless asked to
+wait; it goes on whether or not anybody waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic_core import to_json
+
+from memory_efficient_gpt_server.admin_schemas import LoadBody, PlanBody, UnloadBody
+from memory_efficient_gpt_server.deps import CurrentServer, Server, body_schema, json_body, require_admin
+from memory_efficient_gpt_server.errors import NoMemoryBudgetError
+from memory_efficient_gpt_server.registry.events import UnloadMode
+from memory_efficient_gpt_server.registry.model_view import model_view
+from memory_efficient_gpt_server.registry.owner import Registry
+from memory_efficient_gpt_server.registry.plan_view import ledger_view, plan_view
+
+router = APIRouter(dependencies=[Depends(require_admin)])
+
+
+def registry_of(server: CurrentServer) -> Registry:
+    """The server's registry. Raises NoMemoryBudgetError."""
+    if server.catalog.registry is None:
+        raise NoMemoryBudgetError(
+            "This server has no memory budget: all its models are loaded at start and stay. Set "
+            "memory_budget_bytes to load and unload models."
+        )
+    return server.catalog.registry
+
+
+CurrentRegistry = Annotated[Registry, Depends(registry_of)]
+
+
+@router.get("/admin/models")
+async def list_models(registry: CurrentRegistry) -> dict[str, Any]:
+    """All models as the registry sees them."""
+    return {"models": [model_view(registry, model_id) for model_id in registry.models]}
+
+
+@router.get("/admin/models/{model_id}")
+async def get_model(model_id: str, registry: CurrentRegistry) -> dict[str, Any]:
+    """One model."""
+    return model_view(registry, registry.hosted(model_id).id)
+
+
+@router.post("/admin/models/{model_id}/load", openapi_extra=body_schema(LoadBody))
+async def load_model(
+    request: Request,
+    model_id: str,
+    server: CurrentServer,
+    registry: CurrentRegistry,
+    body: Annotated[LoadBody, Depends(json_body(LoadBody, optional=True))],
+) -> Response:
+    """Load a model for no request."""
+    operation = await registry.load(model_id)
+    return await _answer(request, server, registry, model_id, operation, wait=body.wait)
+
+
+@router.post("/admin/models/{model_id}/unload", openapi_extra=body_schema(UnloadBody))
+async def unload_model(
+    request: Request,
+    model_id: str,
+    server: CurrentServer,
+    registry: CurrentRegistry,
+    body: Annotated[UnloadBody, Depends(json_body(UnloadBody, optional=True))],
+) -> Response:
+    """Unload a model."""
+    operation = await registry.unload(model_id, UnloadMode(body.mode), body.deadline_s)
+    return await _answer(request, server, registry, model_id, operation, wait=body.wait)
+
+
+@router.post("/admin/plan", openapi_extra=body_schema(PlanBody))
+async def plan_load(
+    registry: CurrentRegistry, body: Annotated[PlanBody, Depends(json_body(PlanBody))]
+) -> dict[str, Any]:
+    """What loading a model would mean now. Changes nothing."""
+    return {"model": body.model, **plan_view(await registry.plan(body.model))}
+
+
+@router.get("/admin/memory")
+async def memory(registry: CurrentRegistry) -> dict[str, Any]:
+    """Budgets, and who has what."""
+    return ledger_view(registry.state.ledger)
+
+
+async def _answer(
+    request: Request,
+    server: Server,
+    registry: Registry,
+    model_id: str,
+    operation: asyncio.Future[None],
+    *,
+    wait: bool,
+) -> Response:
+    """200 with the model once the operation is done, 202 while it goes on. Raises the refusal."""
+    if wait:
+        async with server.lifecycle.running(request.receive, server.settings.request_timeout_s):
+            await asyncio.shield(operation)
+    if operation.done():
+        operation.result()
+    view = to_json(model_view(registry, registry.hosted(model_id).id))
+    return Response(view, 200 if operation.done() else 202, media_type="application/json")

@@ -1,0 +1,120 @@
+"""Engines for tests of the registry's owner: loaded when the test says so, and answering by a script.
+
+Purpose: `LoadableEngine` without processes.
+Does not know: the registry.
+Invariant: as real engines, one is ready only after `finish_load`, and gone when `close` has returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+from memory_efficient_gpt.errors import CheckpointError, ModelLoadError
+from memory_efficient_gpt_server.registry.hosted import HostedModel, Provision
+from memory_efficient_gpt_server.registry.ledger import Budget
+from memory_efficient_gpt_server.registry.owner import Registry
+from memory_efficient_gpt_server.registry.records import Policy
+from memory_efficient_gpt_server.registry.states import State
+from memory_efficient_gpt_server.registry.variants import HOST, Estimate, ModelEntry, VariantKey
+from tests.server.scripted_model import INFO, ScriptedEngine
+
+
+class FakeEngine(ScriptedEngine):
+    """A scripted engine with a load and an end. weights_bytes: what it says it takes once it is ready."""
+
+    def __init__(self, weights_bytes: int, *, held: bool = False, fails: str | None = None) -> None:
+        super().__init__([5, 6, 7], state="loading", info=None, reason="not started")
+        self.pid: int | None = None
+        self.started = False
+        self.may_load = asyncio.Event()
+        self.may_close = asyncio.Event()
+        self.may_close.set()
+        self.fails = fails
+        self._weights_bytes = weights_bytes
+        if not held:
+            self.may_load.set()
+
+    def start(self) -> None:
+        assert not self.started, "started twice"
+        self.started, self.pid = True, 4321
+
+    async def wait_ready(self, timeout_s: float | None = None) -> None:
+        assert self.started
+        await self.may_load.wait()
+        if self.fails is not None:
+            self.state, self.reason = "failed", self.fails
+            raise ModelLoadError(f"it is failed: {self.fails}")
+        self.info = replace(INFO, weights_bytes=self._weights_bytes, kv_cache_bytes=0)
+        self.state, self.reason = "ready", None
+
+    async def close(self, drain_s: float = 0.0) -> None:
+        await self.may_close.wait()
+        await super().close(drain_s)
+        self.closed = True
+
+
+class FakeHost:
+    """Models A, B and C of 60 bytes on a device of 100, unless told otherwise.
+
+    held: loads wait for `finish`. broken: checkpoints that can't be looked at, by id.
+    """
+
+    def __init__(self, *, sizes: dict[str, int] | None = None, budget: int = 100, **policy: Any) -> None:
+        self.engines: defaultdict[str, list[FakeEngine]] = defaultdict(list)
+        self.held: set[str] = set()
+        self.fails: dict[str, str] = {}
+        self.broken: set[str] = set()
+        self.sizes = {"A": 60, "B": 60, "C": 60} | (sizes or {})
+        self.entries: dict[str, dict[str, Any]] = defaultdict(dict)
+        self.at_start: set[str] = set()
+        self._budget = budget
+        self._policy = Policy(**policy)
+
+    @contextlib.asynccontextmanager
+    async def registry(self) -> AsyncIterator[Registry]:
+        """A running registry, whose state is proved after the test."""
+        made = self.make()
+        made.start()
+        try:
+            yield made
+            made.state.check_integrity()
+        finally:
+            await made.close()
+        assert all(engine.closed for engines in self.engines.values() for engine in engines)
+
+    def make(self) -> Registry:
+        """A registry that is not started."""
+        return Registry(map(self._hosted, self.sizes), {HOST: Budget(self._budget)}, self._policy)
+
+    def engine(self, model_id: str) -> FakeEngine:
+        """The model's latest."""
+        return self.engines[model_id][-1]
+
+    def _hosted(self, model_id: str) -> HostedModel:
+        entry = ModelEntry(id=model_id, source="x", **self.entries[model_id])
+        return HostedModel(
+            entry, VariantKey(model_id), lambda: self._provide(model_id), model_id in self.at_start
+        )
+
+    def _provide(self, model_id: str) -> Provision:
+        if model_id in self.broken:
+            raise CheckpointError("weights.safetensors is truncated. Download it again.")
+        estimate = Estimate(device=HOST, weights_bytes=self.sizes[model_id])
+        return Provision(estimate, lambda: self._make(model_id))
+
+    def _make(self, model_id: str) -> FakeEngine:
+        engine = FakeEngine(self.sizes[model_id], held=model_id in self.held, fails=self.fails.get(model_id))
+        self.engines[model_id].append(engine)
+        return engine
+
+
+async def reaches(registry: Registry, model_id: str, state: State, timeout_s: float = 5.0) -> None:
+    """Wait until a model is in a state."""
+    async with asyncio.timeout(timeout_s):
+        while registry.engine(model_id).state != state:  # noqa: ASYNC110 - states have no event
+            await asyncio.sleep(0.001)

@@ -1,0 +1,263 @@
+"""Models on demand over HTTP, with fake engines: what clients, operators and administrators see."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from memory_efficient_gpt.tokenizer import Tokenizer
+from memory_efficient_gpt_server.models import ModelCatalog, ServedModel
+from memory_efficient_gpt_server.registry.owner import Registry
+from tests.server.conftest import LiveServer, Serve
+from tests.server.registry.fake_engines import FakeHost
+from tests.server.test_bad_requests import assert_error
+
+ADMIN = "admin-" + "c" * 32
+AS_ADMIN = {"authorization": f"Bearer {ADMIN}"}
+
+
+@dataclass
+class Stage:
+    """A server over fake engines, and a client with the admin key."""
+
+    live: LiveServer
+    host: FakeHost
+    registry: Registry
+    client: httpx.Client
+
+    def ask(self, model: str, **fields: Any) -> httpx.Response:
+        body = {"model": model, "prompt": "a", "max_tokens": 2, **fields}
+        return self.client.post("/v1/completions", json=body)
+
+    def state(self, model: str) -> str:
+        return str(self.client.get(f"/admin/models/{model}").json()["state"])
+
+    def until(self, condition: Callable[[], bool], timeout_s: float = 5) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def finish_load(self, model: str) -> None:
+        self.live.call(self.host.engine(model).may_load.set)
+
+
+@pytest.fixture
+def stage(serve: Serve, tokenizer: Tokenizer) -> Callable[..., contextlib.AbstractContextManager[Stage]]:
+    @contextlib.contextmanager
+    def start(host: FakeHost | None = None, **settings: Any) -> Iterator[Stage]:
+        host = host or FakeHost()
+        registry = host.make()
+        models = [
+            ServedModel(i, registry.engine(i), lambda: tokenizer, registry=registry, config_vocab_size=4096)
+            for i in registry.models
+        ]
+        options = {"admin_key": ADMIN, **settings}
+        with (
+            serve(catalog=lambda _: ModelCatalog(models, registry), **options) as live,
+            live.client(headers=AS_ADMIN) as client,
+        ):
+            yield Stage(live, host, registry, client)
+
+    return start
+
+
+Start = Callable[..., contextlib.AbstractContextManager[Stage]]
+
+
+def test_models_are_listed_and_ready_without_being_loaded(stage: Start) -> None:
+    with stage() as s:
+        states = {m["id"]: m["state"] for m in s.client.get("/v1/models").json()["data"]}
+        assert states == dict.fromkeys("ABC", "unloaded") and s.client.get("/readyz").status_code == 200
+        assert s.client.post("/v1/tokenize", json={"model": "A", "prompt": "a b"}).json()["count"] == 2
+        assert not s.host.engines
+
+
+def test_readiness_waits_for_models_at_start_only(stage: Start) -> None:
+    host = FakeHost()
+    host.held = {"A", "B"}
+    host.at_start = {"A"}
+    with stage(host) as s:
+        s.until(lambda: s.state("A") == "loading")
+        answer = s.client.get("/readyz")
+        assert (answer.status_code, answer.json()["reasons"]) == (503, ["model A is loading"])
+        s.finish_load("A")
+        s.until(lambda: s.client.get("/readyz").status_code == 200)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_waits_for_its_model_and_holds_it_to_its_end(stage: Start, stream: bool) -> None:
+    with stage() as s:
+        answer = s.ask("A", stream=stream)
+        assert answer.status_code == 200 and ("[DONE]" in answer.text) is stream
+        told = s.client.get("/admin/models/A").json()
+        assert (told["state"], told["leases"], told["measured_bytes"]) == ("ready", 0, {"weights": 60})
+        assert s.host.engine("A").requests[0].params.max_tokens == 2
+
+
+def test_a_wrong_request_loads_nothing(stage: Start) -> None:
+    with stage() as s:
+        assert_error(s.ask("A", logit_bias={"4096": 1}), 400)
+        assert_error(s.ask("A", temperature=9), 400)
+        assert_error(s.ask("nothing"), 404, code="model_not_found")
+        assert not s.host.engines
+
+
+def test_a_model_that_can_never_fit_is_507_with_the_plan(stage: Start) -> None:
+    with stage(FakeHost(sizes={"B": 101})) as s:
+        s.ask("A")
+        answer = s.ask("B")
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (507, "insufficient_memory", "model")
+        assert answer.headers["x-should-retry"] == "false" and "memory_budget_bytes" in error["message"]
+        assert error["plan"]["needed_bytes"] == {"cpu": 101} and not error["plan"]["fits"]
+        assert s.state("A") == "ready"
+
+
+def test_a_failed_load_is_500_with_its_cause(stage: Start) -> None:
+    host = FakeHost()
+    host.fails = {"A": "model.safetensors is truncated"}
+    with stage(host) as s:
+        answer = s.ask("A")
+        assert_error(answer, 500, code="load_failed")
+        assert "model.safetensors is truncated" in answer.text
+        assert answer.headers["x-should-retry"] == "false"
+        assert s.state("A") == "failed" and s.client.get("/admin/models/A").json()["retry_in_s"] > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_load_that_takes_too_long_is_503_with_retry_after(stage: Start, stream: bool) -> None:
+    host = FakeHost(max_wait_s=0.1)
+    host.held = {"A"}
+    with stage(host) as s:
+        answer = s.ask("A", stream=stream)
+        assert_error(answer, 503, code="model_loading")
+        assert int(answer.headers["retry-after"]) >= 1
+        s.finish_load("A")
+        s.until(lambda: s.state("A") == "ready")
+        assert s.ask("A", stream=stream).status_code == 200
+
+
+def test_a_client_that_leaves_while_it_waits_leaves_no_lease(stage: Start) -> None:
+    host = FakeHost()
+    host.held = {"A"}
+    with stage(host) as s:
+        with pytest.raises(httpx.ReadTimeout):
+            s.client.post("/v1/completions", json={"model": "A", "prompt": "a"}, timeout=0.2)
+        s.until(lambda: s.client.get("/admin/models/A").json()["waiting"] == 0)
+        s.finish_load("A")
+        s.until(lambda: s.state("A") == "ready")
+        assert s.client.get("/admin/models/A").json()["leases"] == 0
+        assert s.live.server.admission.sequences == 0
+
+
+def test_administrators_load_and_unload(stage: Start) -> None:
+    host = FakeHost()
+    host.held = {"A"}
+    with stage(host) as s, ThreadPoolExecutor() as pool:
+        begun = s.client.post("/admin/models/A/load")
+        assert (begun.status_code, begun.json()["state"]) == (202, "loading")
+        waits = pool.submit(s.client.post, "/admin/models/A/load", json={"wait": True})
+        s.until(lambda: s.client.get("/admin/models/A").json()["waiting"] == 2)
+        s.finish_load("A")
+        done = waits.result(5)
+        assert (done.status_code, done.json()["state"]) == (200, "ready")
+        gone = s.client.post("/admin/models/A/unload", json={"wait": True})
+        assert (gone.status_code, gone.json()["state"]) == (200, "unloaded")
+        assert_error(s.client.post("/admin/models/D/load"), 404, code="model_not_found")
+
+
+def test_an_unload_waits_for_streams_or_cuts_them(stage: Start, answer_ids: list[int]) -> None:
+    with stage() as s, ThreadPoolExecutor() as pool:
+        s.ask("A")
+        s.host.engine("A").answer, s.host.engine("A").step_s = answer_ids, 0.02
+        stream = pool.submit(s.ask, "A", stream=True, max_tokens=200)
+        s.until(lambda: s.client.get("/admin/models/A").json()["leases"] == 1)
+        refused = s.client.post("/admin/models/A/unload", json={"mode": "if_idle"})
+        assert_error(refused, 409, code="model_busy")
+        waits = s.client.post("/admin/models/A/unload", json={"mode": "drain"})
+        assert (waits.status_code, waits.json()["state"]) == (202, "draining")
+        assert_error(s.ask("A"), 503, code="model_unloading")
+        assert "[DONE]" in stream.result(10).text
+        s.until(lambda: s.state("A") == "unloaded")
+
+        s.ask("A")
+        s.host.engine("A").answer, s.host.engine("A").step_s = answer_ids, 0.1
+        stream = pool.submit(s.ask, "A", stream=True, max_tokens=200)
+        s.until(lambda: s.host.engine("A").num_running == 1)
+        assert (
+            s.client.post("/admin/models/A/unload", json={"mode": "abort", "wait": True}).status_code == 200
+        )
+        text = stream.result(10).text
+        assert "model_unloading" in text and "[DONE]" not in text
+        assert s.live.server.admission.sequences == 0
+
+
+def test_pinned_models_stay(stage: Start) -> None:
+    host = FakeHost()
+    host.entries["A"]["pinned"] = True
+    with stage(host) as s:
+        s.ask("A")
+        assert_error(s.client.post("/admin/models/A/unload"), 409, code="model_pinned")
+        assert s.ask("B").status_code == 507
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"mode": "now"}, {"deadline_s": -1}, {"mode": "abort", "deadline_s": 1}, {"wait": "yes"}, {"huh": 1}],
+)
+def test_wrong_wishes_are_refused(stage: Start, body: dict[str, Any]) -> None:
+    with stage() as s:
+        assert_error(s.client.post("/admin/models/A/unload", json=body), 400)
+
+
+def test_the_plan_says_who_would_go(stage: Start) -> None:
+    with stage() as s:
+        s.ask("A")
+        told = s.client.post("/admin/plan", json={"model": "B"}).json()
+        assert (told["fits"], told["verdict"], told["evict"]) == (True, "after_eviction", ["A"])
+        assert s.state("A") == "ready" and "B" not in s.host.engines
+        memory = s.client.get("/admin/memory").json()
+        assert memory["devices"]["cpu"] == {
+            "budget_bytes": 100,
+            "used_bytes": 60,
+            "freeing_bytes": 0,
+            "leaked_bytes": 0,
+            "available_bytes": 40,
+        }
+        (entry,) = memory["entries"]
+        assert entry == {"owner": "A", "device": "cpu", "kind": "weights", "stage": "measured", "bytes": 60}
+
+
+def test_metrics_tell_states_loads_evictions_and_bytes(stage: Start) -> None:
+    with stage() as s:
+        s.ask("A")
+        s.ask("B")
+        text = s.client.get("/metrics").text
+    values = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+    def value(name: str, **labels: str) -> float:
+        return values[f"megpt_{name}", tuple(sorted(labels.items()))]
+
+    assert value("model_state", model="B", state="ready") == 1
+    assert value("model_state", model="A", state="unloaded") == 1
+    assert value("model_state", model="A", state="ready") == 0
+    assert value("model_loads_total", model="A", result="success") == 1
+    assert value("model_load_seconds_count", model="B") == 1
+    assert value("model_evictions_total", model="A", reason="budget") == 1
+    assert value("load_queue_depth") == 0
+    assert value("memory_budget_bytes", device="cpu") == 100
+    assert value("memory_bytes", model="B", device="cpu", kind="weights") == 60
+    assert value("model_leases", model="B") == 0
