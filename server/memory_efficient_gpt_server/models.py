@@ -145,6 +145,15 @@ class ServedModel:
         async with self.registry.lease(self.id):
             yield self.require_ready()
 
+    def require_warm(self) -> None:
+        """Raise ModelLoadingError or ModelLoadError unless it is ready; nothing is loaded."""
+        if self.registry is not None and not self.ready and self.engine.state != "failed":
+            raise ModelLoadingError(
+                f"Model {self.id} is {self.engine.state}, and on_cold is fail. "
+                "Leave on_cold out to wait for it."
+            )
+        self.require_ready()
+
     def require_ready(self) -> EngineInfo:
         """The loaded model's facts. Raises OverloadedError or ModelLoadError if it takes no requests."""
         engine = self.engine

@@ -147,6 +147,15 @@ class StreamOptions(StrictModel):
     include_obfuscation: Annotated[None, Refused("chunks are not padded.", False)] = None
 
 
+class Optimizations(StrictModel):
+    """How a request shall be computed. `auto` and what is left out leave it to the model."""
+
+    quantization: str | None = None
+    kv_cache_dtype: str | None = None
+    attention: Literal["auto", "flash", "sdpa", "lsh"] | None = None
+    prefix_cache: bool | None = None
+
+
 class GenerationBody(StrictModel):
     """What both ways to generate have in common. Ranges are checked by `SamplingParams.validate`."""
 
@@ -173,6 +182,15 @@ class GenerationBody(StrictModel):
     user: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
     cache_salt: str | None = Field(None, max_length=MAX_USER_CHARACTERS)
     prefix_cache: bool | None = None
+    optimizations: Optimizations | None = None
+    on_cold: Literal["wait", "fail"] | None = None
+
+    @model_validator(mode="after")
+    def _check_prefix_cache(self) -> Self:
+        wanted = self.optimizations.prefix_cache if self.optimizations is not None else None
+        if wanted is not None and self.prefix_cache is not None and wanted is not self.prefix_cache:
+            raise _problem("prefix_cache and optimizations.prefix_cache differ; give one.", "prefix_cache")
+        return self
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -181,6 +199,12 @@ class GenerationBody(StrictModel):
                 "stream_options is only for streams; set stream to true or leave it out.", "stream_options"
             )
         return self
+
+    @property
+    def uses_prefix_cache(self) -> bool:
+        """Whether blocks computed before may be reused; so unless either field says no."""
+        wanted = self.optimizations.prefix_cache if self.optimizations is not None else None
+        return self.prefix_cache is not False and wanted is not False
 
     @property
     def include_usage(self) -> bool:

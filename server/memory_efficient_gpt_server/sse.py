@@ -8,7 +8,7 @@ Invariant: an event is never cut or interleaved; a stream that ends without `[DO
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from json.encoder import encode_basestring_ascii
 from types import TracebackType
 from typing import Final, Self
@@ -37,17 +37,24 @@ def json_text(text: str) -> bytes:
 class SseChannel:
     """A stream of events to one client. `async with` it: that stops its timer, not the stream.
 
-    The response's headers go out with the first `write`. on_stall: called once if a write takes longer
-    than `stall_s`, because the client has stopped to read.
+    The response's headers go out with the first `write`, `more_headers` (asked for then) among them.
+    on_stall: called once if a write takes longer than `stall_s`, because the client has stopped to read.
     """
 
     def __init__(
-        self, send: Send, *, keepalive_s: float, stall_s: float, on_stall: Callable[[], None]
+        self,
+        send: Send,
+        *,
+        keepalive_s: float,
+        stall_s: float,
+        on_stall: Callable[[], None],
+        more_headers: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self._send = send
         self._keepalive_s = keepalive_s
         self._stall_s = stall_s
         self._on_stall = on_stall
+        self._more_headers = more_headers
         self._loop = asyncio.get_running_loop()
         self._last_s = self._loop.time()
         self._writing = False
@@ -81,7 +88,8 @@ class SseChannel:
         self._writing, self._last_s = True, self._loop.time()
         if not self.started:
             self.started = True
-            await self._send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+            more = [(name.encode(), value.encode()) for name, value in self._more_headers().items()]
+            await self._send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *more]})
         await self._send({"type": "http.response.body", "body": events, "more_body": more_body})
         self._writing = False
 

@@ -30,6 +30,7 @@ from memory_efficient_gpt_server.logs import RequestRecord
 from memory_efficient_gpt_server.merged_events import MergedEvents
 from memory_efficient_gpt_server.metrics import ModelMetrics
 from memory_efficient_gpt_server.models import ServedModel
+from memory_efficient_gpt_server.optimizations import check_optimizations
 from memory_efficient_gpt_server.routes.dialect import Dialect, FinishedChoice, Usage
 from memory_efficient_gpt_server.schemas import GenerationBody
 from memory_efficient_gpt_server.sse import DONE, SseChannel, event
@@ -90,6 +91,7 @@ class GenerationResponse(Response):
         self._client = client
         self._job = job
         self._record = record
+        self._cold_state, self._waited_s = "", 0.0
         record.model, record.user, record.stream = job.model.id, job.body.user, bool(job.body.stream)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,7 +99,9 @@ class GenerationResponse(Response):
         running = self._server.lifecycle.running(receive, self._server.settings.request_timeout_s)
         if not self._job.body.stream:
             async with running:
-                await Response(await self._plain(), media_type="application/json")(scope, receive, send)
+                body = await self._plain()
+                answer = Response(body, headers=self._model_headers(), media_type="application/json")
+                await answer(scope, receive, send)
             return
         settings = self._server.settings
         channel = SseChannel(
@@ -105,6 +109,7 @@ class GenerationResponse(Response):
             keepalive_s=settings.keepalive_s,
             stall_s=settings.stream_stall_s,
             on_stall=lambda: running.stop(StreamStalledError("The client does not read its stream.")),
+            more_headers=self._model_headers,
         )
         try:
             async with running, channel:
@@ -113,6 +118,11 @@ class GenerationResponse(Response):
             if not channel.started:
                 raise
             await self._fail(channel, error)
+
+    def _model_headers(self) -> dict[str, str]:
+        """The model's state when the request came, and how long it waited for the model to be ready."""
+        state = self._cold_state or "ready"
+        return {"x-megpt-model-state": state, "x-megpt-load-ms": f"{1000 * self._waited_s:.0f}"}
 
     async def _plain(self) -> bytes:
         async with self._generation() as generation:
@@ -153,8 +163,18 @@ class GenerationResponse(Response):
         job, server = self._job, self._server
         sequences = job.params.n * len(job.prompts)
         guess = sum(map(estimated_tokens, job.prompts)) * job.params.n + job.charged_tokens
+        self._cold_state = "" if job.model.ready else job.model.engine.state
+        if job.body.on_cold == "fail":
+            job.model.require_warm()
+        asked_s = time.perf_counter()
         with server.admission.reserve(self._client.id, sequences, guess) as reservation:
             async with job.model.lease() as info:
+                self._waited_s = time.perf_counter() - asked_s
+                others = [(other.id, other.engine.info) for other in server.catalog]
+                known = [
+                    (name, facts) for name, facts in others if facts is not None and name != job.model.id
+                ]
+                check_optimizations(job.body.optimizations, job.model.id, info, known)
                 prompts = await self._encode(info)
                 reservation.correct(sum(map(len, prompts)) * job.params.n + job.charged_tokens)
                 generation = Generation(job, prompts, server.metrics.of(job.model.id), self._record)
@@ -216,7 +236,7 @@ class Generation:
                 params=self._job.params,
                 client=client.id,
                 cache_salt=f"{client.id}:{body.cache_salt or ''}",
-                use_prefix_cache=body.prefix_cache is not False,
+                use_prefix_cache=body.uses_prefix_cache,
             )
             self._events.add(self._job.model.engine.submit(request))
 
