@@ -2,16 +2,19 @@
 
 Purpose: one question, asked before anything else of this package is imported.
 Does not know: kernels.
-Invariant: never raises, never starts CUDA for a device that is not CUDA.
+Invariant: never raises, never starts CUDA for a device that is not CUDA; the answer is found once, by trial.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from typing import Final, cast
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 LEAST_CAPABILITY: Final = (8, 0)
 """Ampere: the first with bfloat16 in its tensor cores."""
@@ -35,4 +38,19 @@ def _cuda_obstacle(index: int) -> str | None:
     if capability < LEAST_CAPABILITY:
         own, least = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))
         return f"the GPU has compute capability {own}, the Triton kernels need {least}"
+    return _failed_trial(torch.device("cuda", index))
+
+
+def _failed_trial(device: torch.device) -> str | None:
+    """Why Triton can't compile a kernel here, such as no C compiler: whatever it says."""
+    from memory_efficient_gpt.triton_kernels.trial import run_trial
+
+    try:
+        run_trial(device)
+    except Exception as error:  # noqa: BLE001  # any of its many stages may fail, in its own way
+        reason = (
+            f"Triton can't run a kernel here ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        )
+        logger.warning(reason)
+        return reason
     return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,6 +28,22 @@ def test_an_old_gpu_and_a_missing_package_are_named(
     found: Any = object() if installed else None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(availability, "_failed_trial", lambda device: None)
     got = availability.triton_obstacle(torch.device("cuda", 0))
     availability._cuda_obstacle.cache_clear()
     assert got is None if reason is None else got is not None and reason in got
+
+
+def test_a_triton_that_cannot_compile_is_no_use_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trial = ModuleType("memory_efficient_gpt.triton_kernels.trial")
+
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+    trial.run_trial = fail  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, trial.__name__, trial)
+    reason = availability._failed_trial(torch.device("cuda", 0))
+    assert reason == "Triton can't run a kernel here (RuntimeError: Failed to find C compiler.)"
+    assert reason in caplog.text
