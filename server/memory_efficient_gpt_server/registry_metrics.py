@@ -33,7 +33,7 @@ def registry_metrics(registry: Registry) -> Iterator[Metric]:
 
 def _states(registry: Registry) -> Metric:
     family = GaugeMetricFamily(
-        "megpt_model_state", "1 for the state the model is in, else 0.", labels=["model", "state"]
+        "megpt_model_state", "1 for the state the model is in, else 0.", labels=["model_name", "state"]
     )
     for model_id in registry.models:
         record = registry.record(model_id)
@@ -44,12 +44,12 @@ def _states(registry: Registry) -> Metric:
 
 
 def _loads(registry: Registry) -> Iterator[Metric]:
-    loads = CounterMetricFamily("megpt_model_loads", "Loads ended, by result.", labels=["model", "result"])
+    loads = CounterMetricFamily("megpt_model_loads", "Loads ended, by result.", labels=["model_name", "result"])
     for (model_id, result), count in sorted(registry.tally.loads.items()):
         loads.add_metric([model_id, result], count)
     yield loads
     seconds = HistogramMetricFamily(
-        "megpt_model_load_seconds", "Time from the start of a load to a ready model.", labels=["model"]
+        "megpt_model_load_seconds", "Time from the start of a load to a ready model.", labels=["model_name"]
     )
     for model_id, histogram in sorted(registry.tally.load_s.items()):
         buckets, total = histogram.cumulative()
@@ -59,7 +59,7 @@ def _loads(registry: Registry) -> Iterator[Metric]:
 
 def _evictions(registry: Registry) -> Metric:
     family = CounterMetricFamily(
-        "megpt_model_evictions", "Models unloaded, by reason; failures are loads.", labels=["model", "reason"]
+        "megpt_model_evictions", "Models unloaded, by reason; failures are loads.", labels=["model_name", "reason"]
     )
     for (model_id, reason), count in sorted(registry.tally.unloads.items()):
         if reason in _EVICTIONS:
@@ -68,7 +68,7 @@ def _evictions(registry: Registry) -> Metric:
 
 
 def _leases(registry: Registry) -> Metric:
-    family = GaugeMetricFamily("megpt_model_leases", "Requests that keep a model loaded.", labels=["model"])
+    family = GaugeMetricFamily("megpt_model_leases", "Requests that keep a model loaded.", labels=["model_name"])
     for model_id in registry.models:
         record = registry.record(model_id)
         family.add_metric([model_id], 0 if record is None else len(record.leases))
@@ -82,7 +82,7 @@ def _memory(registry: Registry) -> Iterator[Metric]:
         budget.add_metric([device], limits.total_bytes)
     yield budget
     held = GaugeMetricFamily(
-        "megpt_memory_bytes", "What models take, by kind.", labels=["model", "device", "kind"]
+        "megpt_memory_bytes", "What models take, by kind.", labels=["model_name", "device", "kind"]
     )
     for owner, entries in ledger.entries.items():
         for entry in entries:

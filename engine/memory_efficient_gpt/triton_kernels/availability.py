@@ -48,9 +48,8 @@ def _failed_trial(device: torch.device) -> str | None:
     try:
         run_trial(device)
     except Exception as error:  # noqa: BLE001  # any of its many stages may fail, in its own way
-        reason = (
-            f"Triton can't run a kernel here ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-        )
+        said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        reason = f"Triton can't run a kernel here ({said})"
         logger.warning(reason)
         return reason
     return None
