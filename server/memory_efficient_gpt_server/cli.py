@@ -16,9 +16,25 @@ from collections.abc import Sequence
 from typing import Final
 
 from memory_efficient_gpt.errors import ConfigError, MegptError
-from memory_efficient_gpt_server.commands import bench, chat, doctor, generate, plan, quantize, serve, version
+from memory_efficient_gpt_server.commands import (
+    bench,
+    chat,
+    doctor,
+    generate,
+    load,
+    models,
+    plan,
+    ps,
+    quantize,
+    serve,
+    top,
+    unload,
+    version,
+)
 
-COMMANDS: Final = (serve, generate, chat, plan, quantize, bench, doctor, version)
+COMMANDS: Final = (
+    serve, generate, chat, plan, quantize, models, ps, load, unload, top, bench, doctor, version,
+)  # fmt: skip
 
 EXIT_FAILED: Final = 1
 EXIT_WRONG_USE: Final = 2
@@ -32,6 +48,8 @@ start here:
   megpt quantize demo --scheme int4 --out demo-int4
                                        store its weights in a quarter of the bytes
   megpt plan demo demo-mha             what models will take in memory, and whether they fit
+  megpt top                            watch the models of a running server; models, ps, load and unload
+                                       list and move them
   megpt doctor                         what this machine offers, and what is wrong with it
 
 `megpt COMMAND --help` explains a command with examples. A MODEL is the name of a bundled model

@@ -2,12 +2,16 @@
 
 Purpose: states, loads, evictions, queue and bytes of models that are loaded on demand.
 Does not know: how any of it comes about.
-Invariant: only ids of registered models become labels; every model has exactly one state.
+Invariant: only ids of registered models become labels; every model has exactly one state, and every counter
+from the start (a counter that begins with 1 has no increase).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from itertools import product
+from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -16,7 +20,8 @@ from memory_efficient_gpt_server.registry.effects import UnloadReason
 from memory_efficient_gpt_server.registry.owner import Registry
 from memory_efficient_gpt_server.registry.states import State
 
-_EVICTIONS = frozenset({UnloadReason.BUDGET, UnloadReason.OVERCOMMIT, UnloadReason.TTL, UnloadReason.ADMIN})
+_EVICTIONS: Final = (UnloadReason.BUDGET, UnloadReason.OVERCOMMIT, UnloadReason.TTL, UnloadReason.ADMIN)
+_LOAD_RESULTS: Final = ("success", "failure")
 
 
 def registry_metrics(registry: Registry) -> Iterator[Metric]:
@@ -44,31 +49,36 @@ def _states(registry: Registry) -> Metric:
 
 
 def _loads(registry: Registry) -> Iterator[Metric]:
-    loads = CounterMetricFamily("megpt_model_loads", "Loads ended, by result.", labels=["model_name", "result"])
-    for (model_id, result), count in sorted(registry.tally.loads.items()):
-        loads.add_metric([model_id, result], count)
+    loads = CounterMetricFamily(
+        "megpt_model_loads", "Loads ended, by result.", labels=["model_name", "result"]
+    )
+    for model_id, result in product(registry.models, _LOAD_RESULTS):
+        loads.add_metric([model_id, result], registry.tally.loads[model_id, result])
     yield loads
     seconds = HistogramMetricFamily(
         "megpt_model_load_seconds", "Time from the start of a load to a ready model.", labels=["model_name"]
     )
-    for model_id, histogram in sorted(registry.tally.load_s.items()):
-        buckets, total = histogram.cumulative()
+    for model_id in registry.models:
+        buckets, total = registry.tally.load_s[model_id].cumulative()
         seconds.add_metric([model_id], buckets, total)
     yield seconds
 
 
 def _evictions(registry: Registry) -> Metric:
     family = CounterMetricFamily(
-        "megpt_model_evictions", "Models unloaded, by reason; failures are loads.", labels=["model_name", "reason"]
+        "megpt_model_evictions",
+        "Models unloaded, by reason; failures are loads.",
+        labels=["model_name", "reason"],
     )
-    for (model_id, reason), count in sorted(registry.tally.unloads.items()):
-        if reason in _EVICTIONS:
-            family.add_metric([model_id, reason], count)
+    for model_id, reason in product(registry.models, _EVICTIONS):
+        family.add_metric([model_id, reason], registry.tally.unloads[model_id, reason])
     return family
 
 
 def _leases(registry: Registry) -> Metric:
-    family = GaugeMetricFamily("megpt_model_leases", "Requests that keep a model loaded.", labels=["model_name"])
+    family = GaugeMetricFamily(
+        "megpt_model_leases", "Requests that keep a model loaded.", labels=["model_name"]
+    )
     for model_id in registry.models:
         record = registry.record(model_id)
         family.add_metric([model_id], 0 if record is None else len(record.leases))
@@ -84,7 +94,10 @@ def _memory(registry: Registry) -> Iterator[Metric]:
     held = GaugeMetricFamily(
         "megpt_memory_bytes", "What models take, by kind.", labels=["model_name", "device", "kind"]
     )
+    sums: Counter[tuple[str, str, str]] = Counter()  # one sample for all variants of a model
     for owner, entries in ledger.entries.items():
         for entry in entries:
-            held.add_metric([getattr(owner, "model_id", str(owner)), entry.device, entry.kind], entry.bytes)
+            sums[getattr(owner, "model_id", str(owner)), entry.device, entry.kind] += entry.bytes
+    for labels, size in sums.items():
+        held.add_metric(labels, size)
     yield held

@@ -23,6 +23,7 @@ from memory_efficient_gpt_server.deps import Server
 from memory_efficient_gpt_server.models import ModelCatalog, ServedModel
 from memory_efficient_gpt_server.settings import Settings, load_settings
 from tests.server.scripted_model import ScriptedEngine
+from tests.server.staged_models import Start, stage_starter
 
 ANSWER = "The old house stood at the end of the lane, and nobody had lived there for years."
 
@@ -118,3 +119,9 @@ def live(serve: Serve) -> Iterator[LiveServer]:
     """One server for a module, for tests that leave it as it was."""
     with serve() as running:
         yield running
+
+
+@pytest.fixture
+def stage(serve: Serve, tokenizer: Tokenizer) -> Start:
+    """Start a server under a memory budget: `with stage(host, **settings) as s`."""
+    return stage_starter(serve, tokenizer)

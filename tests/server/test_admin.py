@@ -2,75 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from memory_efficient_gpt.tokenizer import Tokenizer
-from memory_efficient_gpt_server.models import ModelCatalog, ServedModel
-from memory_efficient_gpt_server.registry.owner import Registry
-from tests.server.conftest import LiveServer, Serve
 from tests.server.registry.fake_engines import FakeHost
+from tests.server.staged_models import Start
 from tests.server.test_bad_requests import assert_error
-
-ADMIN = "admin-" + "c" * 32
-AS_ADMIN = {"authorization": f"Bearer {ADMIN}"}
-
-
-@dataclass
-class Stage:
-    """A server over fake engines, and a client with the admin key."""
-
-    live: LiveServer
-    host: FakeHost
-    registry: Registry
-    client: httpx.Client
-
-    def ask(self, model: str, **fields: Any) -> httpx.Response:
-        body = {"model": model, "prompt": "a", "max_tokens": 2, **fields}
-        return self.client.post("/v1/completions", json=body)
-
-    def state(self, model: str) -> str:
-        return str(self.client.get(f"/admin/models/{model}").json()["state"])
-
-    def until(self, condition: Callable[[], bool], timeout_s: float = 5) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-
-    def finish_load(self, model: str) -> None:
-        self.live.call(self.host.engine(model).may_load.set)
-
-
-@pytest.fixture
-def stage(serve: Serve, tokenizer: Tokenizer) -> Callable[..., contextlib.AbstractContextManager[Stage]]:
-    @contextlib.contextmanager
-    def start(host: FakeHost | None = None, **settings: Any) -> Iterator[Stage]:
-        host = host or FakeHost()
-        registry = host.make()
-        models = [
-            ServedModel(i, registry.engine(i), lambda: tokenizer, registry=registry, config_vocab_size=4096)
-            for i in registry.models
-        ]
-        options = {"admin_key": ADMIN, **settings}
-        with (
-            serve(catalog=lambda _: ModelCatalog(models, registry), **options) as live,
-            live.client(headers=AS_ADMIN) as client,
-        ):
-            yield Stage(live, host, registry, client)
-
-    return start
-
-
-Start = Callable[..., contextlib.AbstractContextManager[Stage]]
 
 
 def test_models_are_listed_and_ready_without_being_loaded(stage: Start) -> None:
@@ -251,13 +192,18 @@ def test_metrics_tell_states_loads_evictions_and_bytes(stage: Start) -> None:
     def value(name: str, **labels: str) -> float:
         return values[f"megpt_{name}", tuple(sorted(labels.items()))]
 
-    assert value("model_state", model="B", state="ready") == 1
-    assert value("model_state", model="A", state="unloaded") == 1
-    assert value("model_state", model="A", state="ready") == 0
-    assert value("model_loads_total", model="A", result="success") == 1
-    assert value("model_load_seconds_count", model="B") == 1
-    assert value("model_evictions_total", model="A", reason="budget") == 1
+    assert value("model_state", model_name="B", state="ready") == 1
+    assert value("model_state", model_name="A", state="unloaded") == 1
+    assert value("model_state", model_name="A", state="ready") == 0
+    assert value("model_loads_total", model_name="A", result="success") == 1
+    assert value("model_load_seconds_count", model_name="B") == 1
+    assert value("model_evictions_total", model_name="A", reason="budget") == 1
+    assert value("model_evictions_total", model_name="C", reason="ttl") == 0
+    assert value("model_loads_total", model_name="C", result="failure") == 0
+    assert value("model_load_seconds_count", model_name="C") == 0
     assert value("load_queue_depth") == 0
     assert value("memory_budget_bytes", device="cpu") == 100
-    assert value("memory_bytes", model="B", device="cpu", kind="weights") == 60
-    assert value("model_leases", model="B") == 0
+    assert value("memory_bytes", model_name="B", device="cpu", kind="weights") == 60
+    assert value("model_leases", model_name="B") == 0
+    of_models = {dict(labels).get("model_name") for name, labels in values if name.startswith("megpt_model_")}
+    assert of_models == set("ABC") and not any("model" in dict(labels) for _, labels in values)

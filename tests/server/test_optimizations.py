@@ -15,10 +15,8 @@ from memory_efficient_gpt_server.schemas import Optimizations
 from tests.server.conftest import LiveServer, Serve
 from tests.server.registry.fake_engines import FakeHost
 from tests.server.scripted_model import INFO, ScriptedEngine
-from tests.server.test_admin import Stage, stage
+from tests.server.staged_models import Stage
 from tests.server.test_bad_requests import assert_error
-
-__all__ = ["stage"]  # a fixture
 
 BODY: dict[str, Any] = {"model": "demo", "prompt": "a", "max_tokens": 2}
 INT4 = replace(INFO, quantization="int4", kv_cache_dtype="int8", attention_backend="torch")

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from memory_efficient_gpt.request import SamplingParams
 
 Commands = argparse._SubParsersAction  # argparse's own name; it has no public one
+
+DEFAULT_URL: Final = "http://127.0.0.1:8000"
+ADMIN_KEY_ENV: Final = "MEGPT_ADMIN_KEY"
 
 _ENGINE_OPTIONS: Final = (
     "device", "dtype", "quantization", "kv_cache_dtype", "max_model_len", "kv_cache_bytes", "max_num_seqs",
@@ -92,6 +96,16 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", metavar="TEXT", help="end at this text (up to 4 times)")
 
 
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Which running server, and who asks. Keys are no options: other users see a process's arguments."""
+    group = parser.add_argument_group("server options")
+    group.add_argument("--url", default=DEFAULT_URL, help=f"the server's address (default: {DEFAULT_URL})")
+    group.add_argument(
+        "--admin-key-file", type=Path, metavar="FILE",
+        help=f"holds the server's admin key (default: the variable {ADMIN_KEY_ENV})",
+    )  # fmt: skip
+
+
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The engine options that were given, as EngineConfig's fields."""
     return _given(args, _ENGINE_OPTIONS)
@@ -130,6 +144,16 @@ def positive_int(text: str) -> int:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+
+
+def seconds(text: str) -> float:
+    """A time of at least 0. Raises ArgumentTypeError."""
+    try:
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number of seconds, at least 0, got {text!r}")
 
 
 def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from memory_efficient_gpt_server.commands.plan_steps import Change, Entry, Plan
+from memory_efficient_gpt_server.commands.tables import aligned, size
 
 _COLUMNS: Final = ("model", "weights", "KV cache", "workspace", "total", "context")
 
@@ -19,11 +20,6 @@ _COLUMNS: Final = ("model", "weights", "KV cache", "workspace", "total", "contex
 def show(plan: Plan, *, as_json: bool) -> None:
     """Print the plan."""
     print(json.dumps(_as_json(plan)) if as_json else _as_text(plan))
-
-
-def size(num_bytes: int) -> str:
-    """In GiB or MiB."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _as_text(plan: Plan) -> str:
@@ -43,14 +39,7 @@ def _table(plan: Plan) -> list[str]:
     sums = [sum(entry.estimate.by_kind()[kind] for entry in layout.entries) for kind in ("weights", "kv")]
     workspace = sum(entry.estimate.workspace_bytes for entry in layout.entries)
     rows.append(("together", *map(size, (*sums, workspace, layout.needed_bytes)), ""))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return aligned(rows)
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
