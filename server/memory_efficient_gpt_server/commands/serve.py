@@ -11,8 +11,12 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -106,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
         from memory_efficient_gpt_server.logs import configure_logging
 
         configure_logging(settings.log_level, settings.log_format, late_stderr())
-        server, workers = _put_together(settings)  # outside of the loop, where Ctrl-C takes effect at once
+        with _interrupts_end_at_once():
+            server, workers = _put_together(settings)
         return asyncio.run(_serve(server, workers, listener, settings.has_keys))
 
 
@@ -165,6 +170,22 @@ def _why_not_listening(settings: Settings, error: OSError | UnicodeError) -> str
     if code == errno.EADDRNOTAVAIL:
         return f"{where}: {why}. Choose a --host that this machine has."
     return f"{where}: {why}. Choose another --port; --port 0 takes a free one."
+
+
+@contextmanager
+def _interrupts_end_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process by itself: an exception may get lost in the imports that go on meanwhile.
+
+    Nothing is served yet that needs a goodbye; the fork server ends when it sees that its parent is gone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _put_together(settings: Settings) -> tuple[GracefulServer, list[WorkerModel]]:
