@@ -12,6 +12,7 @@ Control tokens are the added tokens marked special and the end-of-sequence token
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,9 @@ from memory_efficient_gpt.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_LOADING = threading.Lock()
+"""transformers imports its parts when they are first needed, and fails if two threads need one at once."""
 
 
 class Tokenizer:
@@ -62,16 +66,19 @@ class Tokenizer:
         Raises CheckpointError when files are missing or damaged, UnsupportedModelError when there is no
         fast form of the tokenizer.
         """
-        from transformers import AutoTokenizer
-
         folder = Path(folder)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise CheckpointError(
-                f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}). "
-                "It needs tokenizer.json and tokenizer_config.json."
-            ) from error
+        with _LOADING:
+            from transformers import AutoTokenizer
+
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
+            except Exception as error:  # the tokenizers library raises bare Exception
+                raise CheckpointError(
+                    f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}). "
+                    "It needs tokenizer.json and tokenizer_config.json."
+                ) from error
         return cls(tokenizer, read_eos_token_ids(folder))
 
     @property

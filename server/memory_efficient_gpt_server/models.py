@@ -107,6 +107,7 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     registry: ModelRegistry | None = None
     config_vocab_size: int = 0
+    _preparing: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False, compare=False)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -128,12 +129,13 @@ class ServedModel:
     async def prepare(self) -> None:
         """Have the tokenizer at hand. Raises OverloadedError or ModelLoadError if it takes no requests.
 
-        A model under a registry takes requests at any time.
+        All who ask meanwhile share one load. A model under a registry takes requests at any time.
         """
         if self.registry is None:
             self.require_ready()
-        if callable(self.tokenizer_source):
-            self.tokenizer_source = await asyncio.to_thread(self.tokenizer_source)
+        async with self._preparing:
+            if callable(self.tokenizer_source):
+                self.tokenizer_source = await asyncio.to_thread(self.tokenizer_source)
 
     @asynccontextmanager
     async def lease(self) -> AsyncIterator[EngineInfo]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +265,22 @@ def test_tokenizer_without_fast_form_is_refused() -> None:
 
     with pytest.raises(UnsupportedModelError, match=r"tokenizer\.json is needed"):
         Tokenizer(Slow())  # type: ignore[arg-type]  # stands for a Python-only tokenizer
+
+
+def test_first_tokenizers_of_a_process_may_be_loaded_by_several_threads_at_once() -> None:
+    """In a process of its own: transformers imports its parts only once."""
+    program = (
+        "import threading, sys\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from memory_efficient_gpt.tokenizer import Tokenizer\n"
+        "together = threading.Barrier(8)\n"
+        "def load(_):\n"
+        "    together.wait()\n"
+        "    return Tokenizer.load(sys.argv[1])\n"
+        "with ThreadPoolExecutor(8) as pool:\n"
+        "    assert len(list(pool.map(load, range(8)))) == 8\n"
+    )
+    command = [sys.executable, "-c", program, str(bundled_models()["demo"])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
