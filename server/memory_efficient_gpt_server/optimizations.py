@@ -20,14 +20,12 @@ _BACKENDS: Final[dict[str, str]] = {"sdpa": "torch", "flash": "flash"}
 
 
 def check_optimizations(
-    wanted: Optimizations | None, model_id: str, info: EngineInfo, others: Iterable[tuple[str, EngineInfo]]
+    wanted: Optimizations, model_id: str, info: EngineInfo, others: Iterable[tuple[str, EngineInfo]]
 ) -> None:
     """Raise InvalidRequestError, naming the field, for what the model is not served with.
 
     others: ids and facts of the server's other models, for what would do.
     """
-    if wanted is None:
-        return
     if wanted.quantization not in (None, "auto"):
         name = _scheme_name(wanted.quantization)
         if name != _stored(info):

@@ -36,7 +36,6 @@ def refusal(wanted: dict[str, Any]) -> InvalidRequestError:
 )  # fmt: skip
 def test_what_a_model_is_served_with_is_granted(wanted: dict[str, Any]) -> None:
     check_optimizations(Optimizations(**wanted), "a", INT4, [])
-    check_optimizations(None, "a", INT4, [])
 
 
 def test_bf16_is_what_is_not_quantized() -> None:

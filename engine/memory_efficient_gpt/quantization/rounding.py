@@ -28,13 +28,13 @@ from torch.nn import functional
 from memory_efficient_gpt.errors import ConfigError
 from memory_efficient_gpt.native.ops import Kernels
 from memory_efficient_gpt.native.quantize import choose_codes, search_scales
+from memory_efficient_gpt.quantization.fp8 import FP8_MAX
 from memory_efficient_gpt.quantization.scheme import Scheme
 from memory_efficient_gpt.quantization.storage import QuantizedWeight, choose_unit, pack_nibbles
 from memory_efficient_gpt.triton_kernels.availability import triton_obstacle
 
 Rounding = Literal["nearest", "search", "hqq"]
 
-FP8_MAX: Final = 448.0
 _SHRINKS: Final = tuple(1.0 - 0.025 * i for i in range(-6, 19))  # of a group's range: 1.15 down to 0.55
 _HQQ_STEPS: Final = 20
 _HQQ_NORM: Final = 0.7
@@ -88,10 +88,8 @@ def quantize_weight(
     if scheme.kind == "fp8":
         return _to_fp8(weight, scheme)
     groups = _split(weight, scheme, importance)
-    if rounding == "search" and scheme.granularity != "tensor" and triton_obstacle(weight.device) is None:
-        scales, offsets = _search_by_kernel(weight, scheme, importance)
-    else:
-        scales, offsets = _fit(groups, scheme, rounding)
+    found = _search_by_kernel(weight, scheme, importance) if rounding == "search" else None
+    scales, offsets = found or _fit(groups, scheme, rounding)
     return _store(weight, groups, scheme, scales, offsets)
 
 
@@ -173,12 +171,14 @@ def _search_symmetric(groups: _Groups, scheme: Scheme) -> torch.Tensor:
 
 def _search_by_kernel(
     weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As the searches above, on a CUDA device in one pass."""
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """As the searches above, in one pass; None where there is no such kernel: it finds the same."""
+    if scheme.granularity == "tensor" or triton_obstacle(weight.device) is not None:
+        return None
     from memory_efficient_gpt.triton_kernels.search import can_search, search_scales
 
     if not can_search(scheme.group_size, weight.shape[1]):
-        return _fit(_split(weight, scheme, importance), scheme, "search")
+        return None
     scales, offsets = search_scales(
         weight,
         bits=scheme.bits,

@@ -7,6 +7,7 @@ Invariant: Triton is imported only where it can run; a module that keeps its sto
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 
 import torch
@@ -19,6 +20,8 @@ from memory_efficient_gpt.quantization.scheme import Scheme
 from memory_efficient_gpt.quantization.storage import QuantizedWeight, pack_nibbles
 from memory_efficient_gpt.triton_kernels.availability import triton_obstacle
 from memory_efficient_gpt.triton_kernels.packing import Code, TritonWeight, obstacle, pack, unpack
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.01
 """Of the norm of a product with the dequantized weight: roundings of bfloat16 results are 0.002."""
@@ -80,18 +83,19 @@ def give_triton_kernels(model: nn.Module) -> Counter[str]:
         if reason is None:
             module.use_triton(packed[key][1])
         outcome[reason or "triton"] += 1
+    if outcome:
+        logger.info(summary(outcome))
     return outcome
 
 
 def summary(outcome: Counter[str]) -> str:
     """One line for a log or for GET /v1/models; empty if nothing is quantized."""
-    done = outcome["triton"]
-    slow = "; ".join(
-        f"{count} dequantize: {why}" for why, count in sorted(outcome.items()) if why != "triton"
-    )
     if not outcome:
         return ""
-    return f"Triton kernels: {done} quantized" + (f"; {slow}" if slow else "")
+    others = "; ".join(
+        f"{count} by torch: {why}" for why, count in sorted(outcome.items()) if why != "triton"
+    )
+    return f"Triton kernels: {outcome['triton']} quantized" + (f"; {others}" if others else "")
 
 
 def _obstacle(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
@@ -100,11 +104,7 @@ def _obstacle(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
     if isinstance(module, QuantizedStack):
         return "experts are dequantized one by one"
     if weight.scheme.dynamic:
-        return (
-            "its product of fp8 with fp8"
-            if multiplies_fp8(weight.codes.device)
-            else "inputs are rounded first"
-        )
+        return "fp8 with fp8" if multiplies_fp8(weight.codes.device) else "inputs are rounded first"
     if weight.scheme.kind not in ("int", "fp8"):
         return f"no Triton kernel for {weight.scheme}"
     return obstacle(code_of(weight.scheme), weight.scheme.group_size)

@@ -166,15 +166,13 @@ class GenerationResponse(Response):
         self._cold_state = "" if job.model.ready else job.model.engine.state
         if job.body.on_cold == "fail":
             job.model.require_warm()
+        if job.model.engine.info is not None:  # else only a load can tell
+            self._check_optimizations(job.model.engine.info)
         asked_s = time.perf_counter()
         with server.admission.reserve(self._client.id, sequences, guess) as reservation:
             async with job.model.lease() as info:
                 self._waited_s = time.perf_counter() - asked_s
-                others = [(other.id, other.engine.info) for other in server.catalog]
-                known = [
-                    (name, facts) for name, facts in others if facts is not None and name != job.model.id
-                ]
-                check_optimizations(job.body.optimizations, job.model.id, info, known)
+                self._check_optimizations(info)
                 prompts = await self._encode(info)
                 reservation.correct(sum(map(len, prompts)) * job.params.n + job.charged_tokens)
                 generation = Generation(job, prompts, server.metrics.of(job.model.id), self._record)
@@ -185,6 +183,14 @@ class GenerationResponse(Response):
                     await generation.close()
                     usage = generation.usage
                     reservation.release(usage.prompt_tokens + usage.completion_tokens)
+
+    def _check_optimizations(self, info: EngineInfo) -> None:
+        wanted, model_id = self._job.body.optimizations, self._job.model.id
+        if wanted is None:
+            return
+        loaded = [(other.id, other.engine.info) for other in self._server.catalog if other.id != model_id]
+        others = [(name, facts) for name, facts in loaded if facts is not None]
+        check_optimizations(wanted, model_id, info, others)
 
     async def _encode(self, info: EngineInfo) -> list[tuple[int, ...]]:
         job = self._job
