@@ -38,7 +38,7 @@ def budgeted_catalog(
     chosen: Sequence[tuple[ModelSettings, EngineConfig]],
     budget_bytes: int,
     *,
-    load_wait_s: float,
+    policy: Policy,
     worker_log_level: str,
     worker_log_json: bool,
 ) -> ModelCatalog:
@@ -58,7 +58,7 @@ def budgeted_catalog(
     ]  # fmt: skip
     budgets = _budgets(chosen, budget_bytes)
     _require_room(hosted, budgets)
-    registry = Registry(hosted, budgets, Policy(max_wait_s=load_wait_s))
+    registry = Registry(hosted, budgets, policy)
     return ModelCatalog((_served(model, folders[model.id], registry) for model, _ in chosen), registry)
 
 

@@ -33,11 +33,16 @@ def build_catalog(settings: Settings, *, worker_log_level: str, worker_log_json:
     configs = divide_threads([model.engine_config() for model in chosen], num_usable_cpus())
     if settings.memory_budget_bytes is not None:
         from memory_efficient_gpt_server.budgeted_hosting import budgeted_catalog  # imports torch: seconds
+        from memory_efficient_gpt_server.registry.records import Policy
 
         return budgeted_catalog(
             list(zip(chosen, configs, strict=True)),
             settings.memory_budget_bytes,
-            load_wait_s=settings.load_wait_s,
+            policy=Policy(
+                max_wait_s=settings.load_wait_s,
+                most_swaps=settings.max_swaps,
+                churn_window_s=settings.swap_window_s,
+            ),
             worker_log_level=worker_log_level,
             worker_log_json=worker_log_json,
         )

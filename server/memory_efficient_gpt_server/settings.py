@@ -76,6 +76,12 @@ class Settings(BaseSettings):
     load_wait_s: float = Field(
         300.0, gt=0, description="longest wait of a request for a model that is not loaded, in seconds"
     )
+    max_swaps: int = Field(
+        20,
+        ge=1,
+        description="models unloaded for others within swap_window_s; more wait while any model is in use",
+    )
+    swap_window_s: float = Field(120.0, gt=0, description="time over which swaps are counted, in seconds")
     max_body_bytes: int = Field(2_000_000, ge=1_000, description="largest request body, in bytes")
     body_timeout_s: float = Field(30.0, gt=0, description="time for a request body to arrive, in seconds")
     max_sequences: int = Field(256, ge=1, description="sequences (prompts x n) under way at once; more: 503")

@@ -94,7 +94,8 @@ class LoadQueue:
 class ChurnGuard:
     """At most `most_swaps` evictions in favour of another model within `window_s` seconds.
 
-    Beyond that the machine copies weights instead of computing; loads that need no eviction go on.
+    Beyond that the machine copies weights instead of computing; loads that need no eviction go on. It is for
+    whoever asks to ignore it while nobody computes (scheduling.py).
     """
 
     most_swaps: int

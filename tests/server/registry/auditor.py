@@ -125,7 +125,7 @@ class Auditor:
 
         Without this, refusals at the deadline would hide a registry that has come to a standstill.
         """
-        if not state.queue.groups or self.leases or state.churn.wait_s(now_s) > 0:
+        if not state.queue.groups or self.leases:
             return
         for record in state.records.values():
             entry = state.entries[record.key.model_id]

@@ -221,9 +221,9 @@ async def test_too_many_swaps_are_refused() -> None:
     host = FakeHost(most_swaps=1, max_wait_s=0.2, patience_s=0.0)
     async with host.registry() as registry:
         await leased(registry, "A")
-        await leased(registry, "B")
-        with pytest.raises(ChurnLimitedError):
-            await leased(registry, "A")
+        async with registry.lease("B"):
+            with pytest.raises(ChurnLimitedError):
+                await leased(registry, "A")
 
 
 async def test_unknown_models_are_not_found() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from memory_efficient_gpt_server.registry.effects import (
@@ -173,13 +175,20 @@ def test_a_young_model_is_not_evicted() -> None:
     assert driver.only(StartUnload).key == A
 
 
-def test_swaps_stop_when_there_were_too_many_and_the_refusal_says_so() -> None:
-    driver = Driver(Policy(most_swaps=1, churn_window_s=100.0, max_wait_s=50.0, patience_s=1.0))
+def swapped_once(**policy: Any) -> tuple[Driver, int]:
+    """B has replaced A, C is in use, and there were as many swaps as there may be. Returns C's lease too."""
+    driver = Driver(Policy(most_swaps=1, churn_window_s=100.0, max_wait_s=50.0, **policy))
+    lease = driver.load(C, size(20))
     driver.load_idle(A)
-    driver.ask(B)
+    waiter = driver.ask(B)
     driver.gone(A)
     driver.feed(Loaded(B, size()))
-    driver.feed(LeaseReleased(2, B))
+    driver.feed(LeaseReleased(waiter, B))
+    return driver, lease
+
+
+def test_swaps_stop_when_there_were_too_many_and_the_refusal_says_so() -> None:
+    driver, _ = swapped_once(patience_s=1.0)
     driver.ask(A)
     driver.tick(10.0)
     assert driver.record(B).state is State.READY
@@ -188,6 +197,14 @@ def test_swaps_stop_when_there_were_too_many_and_the_refusal_says_so() -> None:
     assert refusal.kind is RefusalKind.CHURN_LIMITED
     assert refusal.retry_after_s == pytest.approx(50.0)
     driver.ask(A, after_s=50.0)
+    assert driver.only(StartUnload).key == B
+
+
+def test_however_many_swaps_there_were_models_that_nobody_uses_keep_nobody_waiting() -> None:
+    driver, lease = swapped_once()
+    driver.ask(A)
+    assert driver.effects == ()
+    driver.feed(LeaseReleased(lease, C))
     assert driver.only(StartUnload).key == B
 
 
