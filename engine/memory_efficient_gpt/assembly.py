@@ -18,7 +18,7 @@ import torch
 
 from memory_efficient_gpt.attention.backends import choose_backend
 from memory_efficient_gpt.attention.context import AttentionBackend
-from memory_efficient_gpt.attention.model_setup import prepare_model
+from memory_efficient_gpt.attention.model_setup import model_dtype, prepare_model
 from memory_efficient_gpt.config import BLOCK_SIZE_CPU, EngineConfig
 from memory_efficient_gpt.engine_info import EngineInfo
 from memory_efficient_gpt.errors import ConfigError
@@ -174,8 +174,9 @@ def build(
         notes = (*notes, fuse(model).summary())
     elif device.type == "cuda" and config.native_kernels:
         notes = (*notes, triton_summary(give_triton_kernels(model)))
-    dtype = kv_dtype(config, model.dtype, device)
-    backend, reason = choose_backend(device, model.dtype, dtype, native=config.native_kernels)
+    computed_in = model_dtype(model)
+    dtype = kv_dtype(config, computed_in, device)
+    backend, reason = choose_backend(device, computed_in, dtype, native=config.native_kernels)
     notes = (*notes, reason, *decision.notes, *_batch_dependence(model, backend, device))
     block_size = kv_block_size(config, device)
     wanted_len, own_notes = context_length(config, model.config, decision.max_model_len)
@@ -249,7 +250,7 @@ def _info(
         architecture=type(model).__name__,
         tier=decision.tier,
         tier_reason=decision.reason,
-        dtype=_dtype_name(model.dtype),
+        dtype=_dtype_name(model_dtype(model)),
         device=str(device),
         max_model_len=max_len,
         vocab_size=_vocab_size(model),
@@ -278,11 +279,11 @@ def _batch_dependence(
     row count."""
     foreign = bool(bitsandbytes_modules(model))
     native = backend.name == "cpu-native" and any(isinstance(m, NativeLayer) for m in model.modules())
-    if (native and not foreign) or (device.type == "cpu" and model.dtype == torch.float32):
+    if (native and not foreign) or (device.type == "cpu" and model_dtype(model) == torch.float32):
         return ()
     who = "bitsandbytes" if foreign else "torch"
     return (
-        f"{who} computes some layers in {_dtype_name(model.dtype)}: near ties, a seed's text may depend on "
+        f"{who} computes some layers in {_dtype_name(model_dtype(model))}: near ties, a seed's text may depend on "
         "what else is in the batch",
     )
 

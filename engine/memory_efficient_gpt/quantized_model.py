@@ -21,6 +21,7 @@ import torch
 from memory_efficient_gpt.api import Completion
 from memory_efficient_gpt.assembly import cpu_kernels
 from memory_efficient_gpt.attention.flash import use_flash
+from memory_efficient_gpt.attention.model_setup import model_dtype
 from memory_efficient_gpt.choice import Choice
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.engine_info import EngineInfo
@@ -196,7 +197,7 @@ class QuantizedModel:
         target, source, model = Path(folder), self._lent.folder, cast(Any, self.model)
         if target.exists() and any(target.iterdir()):
             raise ConfigError([f"{target} is not empty. Give a new folder, or empty it."])
-        model.config.dtype = model.dtype
+        model.config.dtype = model_dtype(model)
         if main_scheme(model) is None:
             model.save_pretrained(target)
         else:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memory_efficient_gpt.attention.context import StepContext
+from memory_efficient_gpt.attention.torch_backend import TorchBackend
 from memory_efficient_gpt.attention.triton import TritonBackend, obstacle
 from tests.engine.attention.oracle import PagedStep, Shape, expected, make_step
 from tests.engine.attention.test_torch_backend import FEATURES, HEADS, STEPS, options_for
@@ -39,7 +40,7 @@ def test_equals_the_oracle(kind: str, heads: str, feature: str, cache_dtype: tor
     dtype = torch.float16 if cache_dtype is torch.float16 else torch.bfloat16
     backend = TritonBackend()
     step = make_step(
-        backend, *STEPS[kind], shape=Shape(query_heads, kv_heads), dtype=dtype, cache_dtype=cache_dtype
+        TorchBackend(), *STEPS[kind], shape=Shape(query_heads, kv_heads), dtype=dtype, cache_dtype=cache_dtype
     )
     options = options_for(feature, query_heads)
     wanted = expected(step, options)
@@ -57,7 +58,7 @@ def test_equals_the_oracle(kind: str, heads: str, feature: str, cache_dtype: tor
 def test_every_size_of_head(dims: tuple[int, int]) -> None:
     backend = TritonBackend()
     shape = Shape(8, 2, key_dim=dims[0], value_dim=dims[1])
-    step = make_step(backend, *STEPS["mixed"], shape=shape, dtype=torch.bfloat16)
+    step = make_step(TorchBackend(), *STEPS["mixed"], shape=shape, dtype=torch.bfloat16)
     options = options_for("plain", 8)
     wanted = expected(step, options)
     on_device(step)
@@ -67,7 +68,7 @@ def test_every_size_of_head(dims: tuple[int, int]) -> None:
 def test_a_decoding_row_gives_the_same_bits_alone_and_among_others() -> None:
     backend = TritonBackend()
     lens = [1] * 6
-    step = make_step(backend, lens, [700, 33, 1500, 512, 513, 1], dtype=torch.bfloat16)
+    step = make_step(TorchBackend(), lens, [700, 33, 1500, 512, 513, 1], dtype=torch.bfloat16)
     options = options_for("plain", 4)
     on_device(step)
     together = step.run(backend, options)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from memory_efficient_gpt.attention.model_setup import model_dtype
 from memory_efficient_gpt.choice import Choice
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _installed_packages(model: PreTrainedModel, obstacles: list[str]) -> list[st
     )
     found = [name for name, is_available in probes if is_available()]
     obstacles += [f"{name} is not installed" for name, _ in probes if name not in found]
-    if found and model.dtype not in PACKAGE_DTYPES:
+    if found and model_dtype(model) not in PACKAGE_DTYPES:
         obstacles.append(f"{', '.join(found)} compute in float16 or bfloat16, not {_dtype_name(model)}")
         return []
     return found
@@ -93,7 +94,7 @@ def _describe(model: PreTrainedModel, name: str) -> str:
 
 
 def _dtype_name(model: PreTrainedModel) -> str:
-    return str(model.dtype).removeprefix("torch.")
+    return str(model_dtype(model)).removeprefix("torch.")
 
 
 def _first_sentence(text: str) -> str:

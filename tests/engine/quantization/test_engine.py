@@ -54,7 +54,7 @@ def reference_tokens(model: Any, prompt: tuple[int, ...], count: int) -> list[in
 
 
 @pytest.mark.parametrize("scheme", ["int4", "int8", "int4-asym-g64", "fp8"])
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral", "olmo"])
 def test_the_engine_gives_the_tokens_of_the_dequantized_model(name: str, scheme: str) -> None:
     model = quantized(name, scheme)
     plain = dequantized_copy(name, model)
