@@ -176,7 +176,13 @@ def build(
         notes = (*notes, triton_summary(give_triton_kernels(model)))
     computed_in = model_dtype(model)
     dtype = kv_dtype(config, computed_in, device)
-    backend, reason = choose_backend(device, computed_in, dtype, native=config.native_kernels)
+    backend, reason = choose_backend(
+        device,
+        computed_in,
+        dtype,
+        largest_dim=max(max(layer.key_dim, layer.value_dim) for layer in layers),
+        native=config.native_kernels,
+    )
     notes = (*notes, reason, *decision.notes, *_batch_dependence(model, backend, device))
     block_size = kv_block_size(config, device)
     wanted_len, own_notes = context_length(config, model.config, decision.max_model_len)
@@ -190,8 +196,11 @@ def build(
     overlap = config.overlap if config.overlap is not None else device.type == "cuda"
     runner = PackedRunner(
         model, pool, backend, device=device, max_num_seqs=config.max_num_seqs, max_model_len=max_len,
-        end_ids=eos, overlap=overlap,
+        end_ids=eos, overlap=overlap, graphs=config.cuda_graphs and backend.name == "triton",
     )  # fmt: skip
+    if device.type == "cuda":
+        obstacle = runner.check_graphs(_vocab_size(model))
+        notes = (*notes, "CUDA graphs" if obstacle is None else f"no CUDA graphs: {obstacle}")
     info = _info(model, decision, name, device, max_len, eos, backend, pool, notes)
     scheduler_config = SchedulerConfig(
         max_num_seqs=config.max_num_seqs,
@@ -282,9 +291,10 @@ def _batch_dependence(
     if (native and not foreign) or (device.type == "cpu" and model_dtype(model) == torch.float32):
         return ()
     who = "bitsandbytes" if foreign else "torch"
+    dtype = _dtype_name(model_dtype(model))
     return (
-        f"{who} computes some layers in {_dtype_name(model_dtype(model))}: near ties, a seed's text may depend on "
-        "what else is in the batch",
+        f"{who} computes some layers in {dtype}: near ties, a seed's text may depend on what else is in the "
+        "batch",
     )
 
 

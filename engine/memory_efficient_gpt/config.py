@@ -37,6 +37,7 @@ class EngineConfig:
     num_threads: CPU threads of this engine; None leaves torch's choice.
     overlap: whether a step is launched before the last one's tokens are read; None: only on CUDA.
     native_kernels: whether own kernels may be used: C++ on CPUs, Triton on CUDA.
+    cuda_graphs: whether steps may be captured as CUDA graphs (where attention runs on Triton kernels).
     tier: force "B" (packed paged) or "C" (transformers' own cache); None lets the probe decide.
     """
 
@@ -56,6 +57,7 @@ class EngineConfig:
     num_threads: int | None = None
     overlap: bool | None = None
     native_kernels: bool = True
+    cuda_graphs: bool = True
     tier: TierName | None = None
     debug_checks: bool = False
 

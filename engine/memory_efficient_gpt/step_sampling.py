@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from memory_efficient_gpt.padded_steps import sampled_rows
 from memory_efficient_gpt.sampling import (
     LogprobTensors,
     Sampled,
@@ -22,7 +23,12 @@ from memory_efficient_gpt.sampling import (
     prompt_logprobs,
     sample,
 )
+from memory_efficient_gpt.sampling.batch import takes_most_likely
+from memory_efficient_gpt.sampling.logprobs import copy_to_host
+from memory_efficient_gpt.sampling.rng import uniforms
 from memory_efficient_gpt.sequence import Chunk, Sample, Sequence, Step, StepOutcome
+from memory_efficient_gpt.step_layout import StepLayout
+from memory_efficient_gpt.step_shape import Choice, RowsToSample
 from memory_efficient_gpt.uploads import upload
 
 
@@ -84,6 +90,42 @@ def draw(
         pending.arrived = torch.cuda.Event()
         pending.arrived.record()
     return pending
+
+
+def drawn(buffer: torch.Tensor, rows: int) -> PendingStep:
+    """A step whose `rows` tokens a graph has chosen; `buffer` as PaddedSteps.result returns it."""
+    pending = PendingStep(sampled=sampled_rows(copy_to_host(buffer), rows))
+    if buffer.device.type == "cuda":
+        pending.arrived = torch.cuda.Event()
+        pending.arrived.record()
+    return pending
+
+
+def simple_choice(step: Step, layout: StepLayout) -> tuple[Choice | None, RowsToSample]:
+    """What a graph needs to know of a step's samples, and whether it can choose their tokens itself.
+
+    It can't (None) if any row wants logprobs, filters or changed logits.
+    """
+    rows = np.asarray([layout.query_starts[s.chunk + 1] - 1 for s in step.samples], dtype=np.int32)
+    slots = np.asarray([s.seq.slot for s in step.samples], dtype=np.int32)
+    if not all(map(_plain, step.samples)):
+        return None, RowsToSample(rows, slots)
+    params = [sample.seq.request.params for sample in step.samples]
+    temperatures = [0.0 if takes_most_likely(p) else p.temperature for p in params]
+    if not any(temperatures):
+        return Choice.GREEDY, RowsToSample(rows, slots)
+    numbers = uniforms([s.seq.seed for s in step.samples], [s.output_index for s in step.samples])
+    return Choice.DRAW, RowsToSample(rows, slots, np.asarray(temperatures, dtype=np.float32), numbers)
+
+
+def _plain(sample: Sample) -> bool:
+    """Whether the token is the most likely one, or drawn by temperature from the model's own logits."""
+    params = sample.seq.request.params
+    if params.penalized or params.logit_bias or params.logprobs is not None:
+        return False
+    if sample.output_index < params.min_tokens:
+        return False
+    return takes_most_likely(params) or (params.top_k is None and params.top_p == 1.0 and not params.min_p)
 
 
 def num_prompt_targets(chunk: Chunk) -> int:

@@ -70,6 +70,7 @@ class ModelSettings(BaseModel):
     native_kernels: bool = Field(
         True, description="whether own kernels may be used: C++ on CPUs, Triton on CUDA"
     )
+    cuda_graphs: bool = Field(True, description="whether steps may be captured as CUDA graphs")
     tier: Literal["B", "C"] | None = Field(None, description="force how it is run; null: the probe decides")
     debug_checks: bool = Field(False, description="check the engine's invariants at every step (slow)")
     load: LoadTime = Field(

@@ -67,7 +67,32 @@ def test_greedy_tokens_equal_the_cpu_reference(kind: str, overlap: bool) -> None
     expected = run(make_engine(kind, "cpu", native_kernels=False))
     engine = make_engine(kind, "cuda", overlap=overlap, max_batched_tokens=64)
     assert engine.info.device == "cuda:0"
+    assert engine.info.attention_backend == "triton" and "CUDA graphs" in engine.info.notes
     assert run(engine) == expected
+    assert run(engine) == expected  # by graphs that the first run has captured
+    assert run(make_engine(kind, "cuda", overlap=overlap, cuda_graphs=False)) == expected
+    assert run(make_engine(kind, "cuda", overlap=overlap, native_kernels=False)) == expected
+
+
+def test_all_but_the_first_step_of_a_shape_are_replayed() -> None:
+    engine = make_engine("llama", "cuda")
+    graphs: Any = engine._runner._graphs  # type: ignore[attr-defined]
+    run(engine)
+    before, steps = graphs.replayed, engine.stats().steps
+    run(engine)
+    assert (
+        graphs.replayed - before >= engine.stats().steps - steps - 2
+    )  # some shapes come up for the first time
+
+
+def test_a_model_that_reads_the_device_is_computed_without_graphs(caplog: pytest.LogCaptureFixture) -> None:
+    expected = run(make_engine("llama", "cuda"))
+    engine = make_engine("llama", "cuda")
+    layer: Any = engine._runner._model.model.layers[1].mlp  # type: ignore[attr-defined]
+    own = type(layer).forward
+    layer.forward = lambda x: own(layer, x) if float(x.float().abs().sum()) >= 0 else x
+    assert run(engine) == expected
+    assert "No CUDA graphs" in caplog.text
 
 
 def test_small_pool_preempts_and_changes_nothing() -> None:

@@ -17,18 +17,24 @@ logger = logging.getLogger(__name__)
 
 
 def choose_backend(
-    device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype, *, native: bool
+    device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype, *, largest_dim: int, native: bool
 ) -> tuple[AttentionBackend, str]:
     """The best backend that works on `device`, with the reason for it.
 
-    dtype: the queries'; cache_dtype: the KV pool's. native: whether the C++ kernels may be used on a CPU.
+    dtype: the queries'; cache_dtype: the KV pool's; largest_dim: of keys and values. native: whether own
+    kernels may be used.
     """
     from memory_efficient_gpt.attention.torch_backend import TorchBackend
 
-    if device.type != "cpu":
-        return TorchBackend(), f"attention by torch: no other backend for {device.type} yet"
     if not native:
         return TorchBackend(), "attention by torch: native kernels are switched off"
+    if device.type != "cpu":
+        from memory_efficient_gpt.attention.triton import TritonBackend, obstacle
+
+        if (reason := obstacle(device, dtype, cache_dtype, largest_dim)) is None:
+            return TritonBackend(), "attention by Triton kernels"
+        logger.warning("attention by torch: %s", reason)
+        return TorchBackend(), f"attention by torch: {reason}"
     from memory_efficient_gpt.attention.cpu import NativeCPUBackend
     from memory_efficient_gpt.native.build import Unavailable
 

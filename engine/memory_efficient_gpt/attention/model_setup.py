@@ -51,7 +51,9 @@ def model_dtype(model: PreTrainedModel) -> torch.dtype:
     for module in model.modules():
         if isinstance(dtype := getattr(module, "compute_dtype", None), torch.dtype):
             return dtype
-    raise UnsupportedModelError(f"{type(model).__name__} has no weights, so nothing says what it computes in.")
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no weights, so nothing says what it computes in."
+    )
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 Purpose: the attention backend "triton": choose launches, hold their workspace.
 Does not know: models, the scheduler, the kernels' insides.
 Invariant: no host synchronization; a token's output depends on its query and its visible keys and values
-only, not on the batch or the chunking of its prompt but for the order of sums of a chunk's tiles.
+only, not on the batch or the chunking of its prompt but for the order of sums of a chunk's tiles. Which
+kernels are launched, and how, depends on the step's sizes only, so a step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 from memory_efficient_gpt.attention.context import AttentionOptions, LayerCache, StepContext
 from memory_efficient_gpt.triton_kernels.availability import triton_obstacle
 
-QUERY_DTYPES: Final = (torch.bfloat16, torch.float16)
-CACHE_DTYPES: Final = (torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
+QUERY_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
+CACHE_DTYPES: Final = (*QUERY_DTYPES, torch.int8, torch.float8_e4m3fn)
 SPLIT: Final = 512
 """Keys of a decoding row that one program walks: fixed, so that a row's sums don't depend on the batch."""
 _FP8_CAPABILITY: Final = (8, 9)
@@ -25,12 +26,12 @@ _MOST_DIM: Final = 256
 
 
 class TritonBackend:
-    """Implements AttentionBackend. Queries bfloat16 or float16; caches those, int8 or fp8."""
+    """Implements AttentionBackend. Queries in 16 bits or float32; caches those, int8 or fp8."""
 
     name = "triton"
 
-    def __init__(self, *, precision: str = "tf32") -> None:
-        """precision: of products of float32 (tests with the interpreter); others have one only."""
+    def __init__(self, *, precision: str = "ieee") -> None:
+        """precision: of products of float32; others have one only."""
         self._precision = precision
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, context: StepContext) -> None:
@@ -77,7 +78,7 @@ def obstacle(
     if (reason := triton_obstacle(device)) is not None:
         return reason
     if dtype not in QUERY_DTYPES:
-        return f"Triton attention takes bfloat16 or float16 queries, not {dtype}"
+        return f"Triton attention takes no {dtype} queries"
     if cache_dtype not in CACHE_DTYPES:
         return f"Triton attention has no {cache_dtype} KV cache"
     if largest_dim > _MOST_DIM:

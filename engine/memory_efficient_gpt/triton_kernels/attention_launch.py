@@ -60,7 +60,7 @@ def decode_rows(
     partial = torch.empty(
         (rows, heads, splits, group, value_dim + 2), dtype=torch.float32, device=query.device
     )
-    wide = max(query.shape[2], value_dim) > 128
+    wide = _is_wide(query, value_dim)
     _attend(
         (rows, heads, splits), query, cache, step, options, out, partial, rows, tile=32 if wide else 64,
         rows_of_tile=max(16, triton.next_power_of_2(group)), split=split, decode=True, precision=precision,
@@ -81,7 +81,7 @@ def prompt_chunks(
 ) -> None:  # fmt: skip
     """Outputs of the rows with several query tokens."""
     heads, group, value_dim = _heads(query, cache)
-    wide = max(query.shape[2], value_dim) > 128
+    wide = _is_wide(query, value_dim)
     rows_of_tile = max(16, triton.next_power_of_2(group), 64 if wide else 128)
     tokens_of_tile = rows_of_tile // group
     grid = (query.shape[0] // tokens_of_tile + rows, heads, 1)
@@ -136,6 +136,11 @@ def _heads(query: torch.Tensor, cache: Cache) -> tuple[int, int, int]:
     """KV heads, query heads of each, size of a value."""
     heads = cache.key.shape[2]
     return heads, query.shape[1] // heads, cache.value.shape[3]
+
+
+def _is_wide(query: torch.Tensor, value_dim: int) -> bool:
+    """Whether tiles of keys must be short to fit into shared memory."""
+    return max(query.shape[2], value_dim) * query.element_size() > 256 or query.dtype is torch.float32
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

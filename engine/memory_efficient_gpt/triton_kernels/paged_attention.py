@@ -38,7 +38,7 @@ def _find_sequence(query_starts, place, sequences, BQ: tl.constexpr):
     return low - 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "table_stride", "window"])
 def paged_attention_kernel(
     query, keys, values, key_scales, value_scales, block_tables, query_starts, context_lens, sinks, slopes,
     out, partial, sequences, table_stride, scale, softcap, window,
@@ -142,7 +142,7 @@ def paged_attention_kernel(
             tl.store(o_at, result.to(out.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "window"])
 def join_splits_kernel(
     partial, query_starts, context_lens, sinks, out, splits, window,
     H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr, SPLIT: tl.constexpr,
