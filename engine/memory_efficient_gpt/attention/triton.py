@@ -18,8 +18,6 @@ from memory_efficient_gpt.triton_kernels.availability import triton_obstacle
 
 QUERY_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 CACHE_DTYPES: Final = (*QUERY_DTYPES, torch.int8, torch.float8_e4m3fn)
-SPLIT: Final = 512
-"""Keys of a decoding row that one program walks: fixed, so that a row's sums don't depend on the batch."""
 _FP8_CAPABILITY: Final = (8, 9)
 _LARGEST: Final = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _MOST_DIM: Final = 256
@@ -36,8 +34,9 @@ class TritonBackend:
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, context: StepContext) -> None:
         """Store key `[T, Hkv, Dk]` and value `[T, Hkv, Dv]` at `context.slots`, as the cache holds it."""
-        self._store(key, cache.key, cache.key_scale, context.slots)
-        self._store(value, cache.value, cache.value_scale, context.slots)
+        from memory_efficient_gpt.triton_kernels.attention_launch import write_kv
+
+        write_kv(key, value, cache, context.slots, _LARGEST.get(cache.key.dtype, 1.0))
 
     def attend(
         self, query: torch.Tensor, cache: LayerCache, context: StepContext, options: AttentionOptions
@@ -48,7 +47,6 @@ class TritonBackend:
         """
         from memory_efficient_gpt.triton_kernels.attention_launch import decode_rows, prompt_chunks
 
-        query = query.contiguous()
         heads, value_dim = query.shape[1], cache.value.shape[3]
         shape = (query.shape[0], heads, value_dim)
         rows = context.block_tables.shape[0]
@@ -56,19 +54,11 @@ class TritonBackend:
         out = query.new_empty(shape) if covered else query.new_zeros(shape)
         lens = context.host_query_lens
         if lens is None or context.max_query_len == 1 or 1 in lens:
-            splits = max(1, -(-context.max_context_len // SPLIT))
-            decode_rows(query, cache, context, options, out, rows, splits, SPLIT, self._precision)
+            longest = context.max_context_len
+            decode_rows(query, cache, context, options, out, rows, longest, self._precision)
         if context.max_query_len > 1:
             prompt_chunks(query, cache, context, options, out, rows, self._precision)
         return out
-
-    @staticmethod
-    def _store(
-        source: torch.Tensor, pages: torch.Tensor, scales: torch.Tensor | None, slots: torch.Tensor
-    ) -> None:
-        from memory_efficient_gpt.triton_kernels.attention_launch import write_kv
-
-        write_kv(source, pages, scales, slots, _LARGEST.get(pages.dtype, 1.0))
 
 
 def obstacle(

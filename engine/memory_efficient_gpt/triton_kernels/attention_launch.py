@@ -7,7 +7,8 @@ Invariant: tile sizes depend on head sizes and dtypes only, never on the step.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
 
 import torch
 import triton
@@ -17,6 +18,11 @@ from memory_efficient_gpt.triton_kernels.paged_attention import (
     paged_attention_kernel,
     write_kv_kernel,
 )
+
+LEAST_SPLIT: Final = 128
+MOST_SPLITS: Final = 32
+"""A decoding row is walked in splits of LEAST_SPLIT keys, of longer ones (doubled) if these are too many. It
+depends on the row alone, so that its sums don't depend on the batch."""
 
 
 class Cache(Protocol):
@@ -51,84 +57,98 @@ class Options(Protocol):
     def alibi_slopes(self) -> torch.Tensor | None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchSizes:
+    """rows: queries of a program; tile: keys of a step; warps, stages: Triton's."""
+
+    rows: int
+    tile: int
+    warps: int
+    stages: int
+
+
+def decode_sizes(query: torch.Tensor, group: int, value_dim: int) -> LaunchSizes:
+    """For rows with one query token."""
+    tile = 32 if _is_wide(query, value_dim) else 64
+    return LaunchSizes(max(16, triton.next_power_of_2(group)), tile, warps=4, stages=3)
+
+
+def prompt_sizes(query: torch.Tensor, group: int, value_dim: int) -> LaunchSizes:
+    """For rows with several."""
+    wide = _is_wide(query, value_dim)
+    rows = max(16, triton.next_power_of_2(group), 64 if wide else 128)
+    return LaunchSizes(rows, 32 if wide else 64, warps=8 if rows >= 128 else 4, stages=2)
+
+
 def decode_rows(
     query: torch.Tensor, cache: Cache, step: Step, options: Options, out: torch.Tensor, rows: int,
-    splits: int, split: int, precision: str,
+    max_context: int, precision: str, sizes: LaunchSizes | None = None,
 ) -> None:  # fmt: skip
-    """Outputs of the rows with one query token, in splits of `split` keys."""
+    """Outputs of the rows with one query token. sizes: instead of the usual ones (benchmarks)."""
     heads, group, value_dim = _heads(query, cache)
+    splits = max(1, min(MOST_SPLITS, -(-max_context // LEAST_SPLIT)))
     partial = torch.empty(
         (rows, heads, splits, group, value_dim + 2), dtype=torch.float32, device=query.device
     )
-    wide = _is_wide(query, value_dim)
-    _attend(
-        (rows, heads, splits), query, cache, step, options, out, partial, rows, tile=32 if wide else 64,
-        rows_of_tile=max(16, triton.next_power_of_2(group)), split=split, decode=True, precision=precision,
-        warps=4, stages=3,
-    )  # fmt: skip
+    sizes = sizes or decode_sizes(query, group, value_dim)
+    _attend((rows, heads, splits), query, cache, step, options, out, partial, rows, sizes, True, precision)
     window = options.window or 0
     with _device(query):
         join_splits_kernel[(rows, heads * group)](
             partial, step.query_starts, step.context_lens, _or(options.sinks, query), out, splits, window,
-            H=heads, G=group, DV=value_dim, PV=triton.next_power_of_2(value_dim), SPLIT=split,
-            has_sinks=options.sinks is not None, num_warps=1 if value_dim <= 64 else 2,
+            H=heads, G=group, DV=value_dim, PV=triton.next_power_of_2(value_dim), LEAST=LEAST_SPLIT,
+            MOST=MOST_SPLITS, has_sinks=options.sinks is not None, num_warps=1 if value_dim <= 64 else 2,
         )  # fmt: skip
 
 
 def prompt_chunks(
     query: torch.Tensor, cache: Cache, step: Step, options: Options, out: torch.Tensor, rows: int,
-    precision: str,
+    precision: str, sizes: LaunchSizes | None = None,
 ) -> None:  # fmt: skip
-    """Outputs of the rows with several query tokens."""
+    """Outputs of the rows with several query tokens. sizes: instead of the usual ones (benchmarks)."""
     heads, group, value_dim = _heads(query, cache)
-    wide = _is_wide(query, value_dim)
-    rows_of_tile = max(16, triton.next_power_of_2(group), 64 if wide else 128)
-    tokens_of_tile = rows_of_tile // group
-    grid = (query.shape[0] // tokens_of_tile + rows, heads, 1)
-    _attend(
-        grid, query, cache, step, options, out, out, rows, tile=32 if wide else 64, rows_of_tile=rows_of_tile,
-        split=1, decode=False, precision=precision, warps=8 if rows_of_tile >= 128 else 4, stages=2,
-    )  # fmt: skip
+    sizes = sizes or prompt_sizes(query, group, value_dim)
+    grid = (query.shape[0] // (sizes.rows // group) + rows, heads, 1)
+    _attend(grid, query, cache, step, options, out, out, rows, sizes, False, precision)
 
 
 def write_kv(
-    source: torch.Tensor,
-    pages: torch.Tensor,
-    scales: torch.Tensor | None,
-    slots: torch.Tensor,
-    largest: float,
+    key: torch.Tensor, value: torch.Tensor, cache: Cache, slots: torch.Tensor, largest: float
 ) -> None:
-    """source `[T, H, D]` into pages `[N, BS, H, D]` at slots `[T]`; with scales `[N, BS, H]` quantized."""
-    tokens, heads, dim = source.shape
-    if source.stride(2) != 1:
-        source = source.contiguous()
+    """key `[T, H, Dk]` and value `[T, H, Dv]` into the cache at slots `[T]`; with scales quantized."""
+    tokens, heads, key_dim = key.shape
+    value_dim = value.shape[2]
+    key, value = _rows_contiguous(key), _rows_contiguous(value)
     if tokens == 0:
         return
-    with _device(source):
+    with _device(key):
         write_kv_kernel[(tokens, heads)](
-            source, pages, _or(scales, source), slots, source.stride(0), source.stride(1), largest,
-            H=heads, D=dim, P=triton.next_power_of_2(dim), quantized=scales is not None,
-            rounded=pages.dtype is torch.int8, num_warps=1,
+            key, value, cache.key, cache.value, _or(cache.key_scale, key), _or(cache.value_scale, key),
+            slots, key.stride(0), key.stride(1), value.stride(0), value.stride(1), largest, H=heads,
+            DK=key_dim, DV=value_dim, PK=triton.next_power_of_2(key_dim),
+            PV=triton.next_power_of_2(value_dim), quantized=cache.key_scale is not None,
+            rounded=cache.key.dtype is torch.int8, num_warps=1,
         )  # fmt: skip
 
 
 def _attend(
     grid: tuple[int, int, int], query: torch.Tensor, cache: Cache, step: Step, options: Options,
-    out: torch.Tensor, partial: torch.Tensor, rows: int, *, tile: int, rows_of_tile: int, split: int,
-    decode: bool, precision: str, warps: int, stages: int,
+    out: torch.Tensor, partial: torch.Tensor, rows: int, sizes: LaunchSizes, decode: bool, precision: str,
 ) -> None:  # fmt: skip
     heads, group, value_dim = _heads(query, cache)
+    query = _rows_contiguous(query)
     with _device(query):
         paged_attention_kernel[grid](
             query, cache.key, cache.value, _or(cache.key_scale, query), _or(cache.value_scale, query),
             step.block_tables, step.query_starts, step.context_lens, _or(options.sinks, query),
-            _or(options.alibi_slopes, query), out, partial, rows, step.block_tables.stride(0), options.scale,
-            options.softcap or 1.0, options.window or 0, H=heads, G=group, BS=cache.key.shape[1],
-            DK=query.shape[2], DV=value_dim, PK=max(16, triton.next_power_of_2(query.shape[2])),
-            PV=max(16, triton.next_power_of_2(value_dim)), BM=rows_of_tile, TILE=tile, SPLIT=split,
-            quantized=cache.key_scale is not None, has_sinks=options.sinks is not None,
+            _or(options.alibi_slopes, query), out, partial, query.stride(0), query.stride(1), rows,
+            step.block_tables.stride(0), options.scale, options.softcap or 1.0, options.window or 0, H=heads,
+            G=group, BS=cache.key.shape[1], DK=query.shape[2], DV=value_dim,
+            PK=max(16, triton.next_power_of_2(query.shape[2])),
+            PV=max(16, triton.next_power_of_2(value_dim)), BM=sizes.rows, TILE=sizes.tile, LEAST=LEAST_SPLIT,
+            MOST=MOST_SPLITS, quantized=cache.key_scale is not None, has_sinks=options.sinks is not None,
             has_slopes=options.alibi_slopes is not None, has_softcap=options.softcap is not None,
-            decode=decode, precision=precision, num_warps=warps, num_stages=stages,
+            decode=decode, precision=precision, num_warps=sizes.warps, num_stages=sizes.stages,
         )  # fmt: skip
 
 
@@ -141,6 +161,10 @@ def _heads(query: torch.Tensor, cache: Cache) -> tuple[int, int, int]:
 def _is_wide(query: torch.Tensor, value_dim: int) -> bool:
     """Whether tiles of keys must be short to fit into shared memory."""
     return max(query.shape[2], value_dim) * query.element_size() > 256 or query.dtype is torch.float32
+
+
+def _rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

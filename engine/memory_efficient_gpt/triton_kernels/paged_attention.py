@@ -3,7 +3,7 @@
 Purpose: the Triton kernels behind attention/triton.py: one body, two launches, and what joins split rows.
 Does not know: models, the scheduler, how a launch is chosen.
 Invariant: a token's output depends on its query and its visible keys only: keys are walked in tiles of fixed
-size, a decoding row's in splits of fixed length, whatever else is in the step.
+size, a decoding row's in splits whose length follows from its own context, whatever else is in the step.
 
 A program holds the queries of one KV head: of `BM // G` tokens, G query heads each. Softmax runs in base 2
 and is online over tiles (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao and
@@ -38,21 +38,89 @@ def _find_sequence(query_starts, place, sequences, BQ: tl.constexpr):
     return low - 1
 
 
+@triton.jit
+def _split_size(context, LEAST: tl.constexpr, MOST: tl.constexpr):
+    """Keys of one split of a row with so many: LEAST times a power of two, so that there are at most MOST."""
+    size = LEAST
+    while size * MOST < context:
+        size *= 2
+    return size
+
+
+@triton.jit
+def _walk(
+    m, weight, total, q, first, last, position, slope, factor, softcap, window, table, head, keys, values,
+    key_scales, value_scales, dk, dv, H: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    TILE: tl.constexpr, aligned: tl.constexpr, quantized: tl.constexpr, has_slopes: tl.constexpr,
+    has_softcap: tl.constexpr, masked: tl.constexpr, precision: tl.constexpr,
+):  # fmt: skip
+    """One online softmax step for each tile of keys in first .. last; masked: not every query sees all.
+
+    aligned: a tile lies within one block.
+    """
+    for at in range(first, last, TILE):
+        key_position = at + tl.arange(0, TILE)
+        exists = key_position < last
+        if aligned:
+            block = tl.load(table + at // BS).to(tl.int64)
+        elif masked:
+            block = tl.load(table + key_position // BS, mask=exists, other=0).to(tl.int64)
+        else:
+            block = tl.load(table + key_position // BS).to(tl.int64)
+        slot = (block * BS + key_position % BS) * H + head
+        k_at = keys + slot[None, :] * DK + dk[:, None]
+        v_at = values + slot[:, None] * DV + dv[None, :]
+        if masked:
+            k = tl.load(k_at, mask=exists[None, :] & (dk < DK)[:, None], other=0.0)
+        else:
+            k = tl.load(k_at, mask=(dk < DK)[:, None], other=0.0)
+        logits = tl.dot(q, k.to(q.dtype), input_precision=precision)
+        if quantized:
+            logits *= tl.load(key_scales + slot, mask=exists, other=0.0)[None, :]
+        logits *= factor
+        if has_softcap:
+            bent = 2.0 / (1.0 + tl.exp2(-2.0 * LOG2E * logits / softcap)) - 1.0
+            logits = softcap * LOG2E * bent
+        distance = key_position[None, :] - position[:, None]
+        if has_slopes:
+            logits += slope[:, None] * distance
+        if masked:
+            visible = (distance <= 0) & exists[None, :]
+            if window > 0:
+                visible &= distance > -window
+            logits = tl.where(visible, logits, NEVER)
+        higher = tl.maximum(m, tl.max(logits, axis=1))
+        shares = tl.exp2(logits - higher[:, None])
+        if masked:
+            shares = tl.where(visible, shares, 0.0)
+        shrink = tl.exp2(m - higher)
+        weight = weight * shrink + tl.sum(shares, axis=1)
+        if masked:
+            v = tl.load(v_at, mask=exists[:, None] & (dv < DV)[None, :], other=0.0)
+        else:
+            v = tl.load(v_at, mask=(dv < DV)[None, :], other=0.0)
+        if quantized:
+            shares *= tl.load(value_scales + slot, mask=exists, other=0.0)[None, :]
+        total = tl.dot(shares.to(q.dtype), v.to(q.dtype), total * shrink[:, None], input_precision=precision)
+        m = higher
+    return m, weight, total
+
+
 @triton.jit(do_not_specialize=["sequences", "table_stride", "window"])
 def paged_attention_kernel(
     query, keys, values, key_scales, value_scales, block_tables, query_starts, context_lens, sinks, slopes,
-    out, partial, sequences, table_stride, scale, softcap, window,
+    out, partial, token_stride, head_stride, sequences, table_stride, scale, softcap, window,
     H: tl.constexpr, G: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    PK: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-    quantized: tl.constexpr, has_sinks: tl.constexpr, has_slopes: tl.constexpr, has_softcap: tl.constexpr,
-    decode: tl.constexpr, precision: tl.constexpr,
+    PK: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr,
+    MOST: tl.constexpr, quantized: tl.constexpr, has_sinks: tl.constexpr, has_slopes: tl.constexpr,
+    has_softcap: tl.constexpr, decode: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """decode: grid (S, H, splits), sequences with one query token, into partial; else (T // BQ + S, H, 1) and
     those with more, into out.
 
-    query `[T, Hq, DK]`, keys `[N, BS, H, DK]`, values `[N, BS, H, DV]`, scales `[N, BS, H] float32`,
-    block_tables `[S, table_stride] int32`, query_starts `[S + 1] int32`, context_lens `[S] int32`, out
-    `[T, Hq, DV]`.
+    query `[T, Hq, DK]` with any strides but the last, keys `[N, BS, H, DK]`, values `[N, BS, H, DV]`, scales
+    `[N, BS, H] float32`, block_tables `[S, table_stride] int32`, query_starts `[S + 1] int32`, context_lens
+    `[S] int32`, out `[T, Hq, DV]`.
     partial `[S, H, splits, G, DV + 2] float32`: sums, then their weight, then the largest logit (base 2).
     PK, PV: DK and DV as powers of two. window 0: none.
     """
@@ -74,57 +142,39 @@ def paged_attention_kernel(
         position = context - length + token
         dk = tl.arange(0, PK)
         dv = tl.arange(0, PV)
-        q_at = query + ((start + token).to(tl.int64) * (H * G) + query_head)[:, None] * DK + dk[None, :]
-        q = tl.load(q_at, mask=real[:, None] & (dk < DK)[None, :], other=0.0)
-        highest = tl.minimum(context - length + (tile + 1) * BQ, context)
+        q_at = (
+            query + (start + token).to(tl.int64)[:, None] * token_stride + query_head[:, None] * head_stride
+        )
+        q = tl.load(q_at + dk[None, :], mask=real[:, None] & (dk < DK)[None, :], other=0.0)
         lowest = tl.maximum(context - length + tile * BQ - window + 1, 0) if window > 0 else 0
-        first, last = lowest // TILE * TILE, highest
+        first = lowest // TILE * TILE
+        last = tl.minimum(context - length + (tile + 1) * BQ, context)
         if decode:
-            first = tl.maximum(first, split * SPLIT)
-            last = tl.minimum(last, (split + 1) * SPLIT)
+            size = _split_size(context, LEAST, MOST)
+            first = tl.maximum(first, split * size)
+            last = tl.minimum(last, (split + 1) * size)
+        # whole tiles that every query of this program sees need no mask
+        seen = tl.minimum(last, context - length + tile * BQ + 1)
+        whole = first if window > 0 else first + tl.maximum(seen - first, 0) // TILE * TILE
         m = tl.full([BM], NEVER, tl.float32)
         weight = tl.zeros([BM], tl.float32)
         total = tl.zeros([BM, PV], tl.float32)
+        slope = tl.zeros([BM], tl.float32)
         if has_slopes:
             slope = tl.load(slopes + query_head, mask=real, other=0.0).to(tl.float32) * LOG2E
-        for at in range(first, last, TILE):
-            key_position = at + tl.arange(0, TILE)
-            exists = key_position < last
-            block = tl.load(block_tables + sequence.to(tl.int64) * table_stride + key_position // BS,
-                            mask=exists, other=0)  # fmt: skip
-            slot = (block.to(tl.int64) * BS + key_position % BS) * H + head
-            k = tl.load(
-                keys + slot[None, :] * DK + dk[:, None], mask=exists[None, :] & (dk < DK)[:, None], other=0.0
-            )
-            logits = tl.dot(q, k.to(q.dtype), input_precision=precision) * scale
-            if quantized:
-                logits *= tl.load(key_scales + slot, mask=exists, other=0.0)[None, :]
-            if has_softcap:
-                bent = 2.0 / (1.0 + tl.exp2(-2.0 * LOG2E * logits / softcap)) - 1.0
-                logits = softcap * bent
-            logits *= LOG2E
-            distance = key_position[None, :] - position[:, None]
-            if has_slopes:
-                logits += slope[:, None] * distance
-            visible = (distance <= 0) & exists[None, :]
-            if window > 0:
-                visible &= distance > -window
-            logits = tl.where(visible, logits, NEVER)
-            higher = tl.maximum(m, tl.max(logits, axis=1))
-            shares = tl.where(visible, tl.exp2(logits - higher[:, None]), 0.0)
-            shrink = tl.exp2(m - higher)
-            weight = weight * shrink + tl.sum(shares, axis=1)
-            v = tl.load(
-                values + slot[:, None] * DV + dv[None, :],
-                mask=exists[:, None] & (dv < DV)[None, :],
-                other=0.0,
-            )
-            if quantized:
-                shares *= tl.load(value_scales + slot, mask=exists, other=0.0)[None, :]
-            total = tl.dot(
-                shares.to(q.dtype), v.to(q.dtype), total * shrink[:, None], input_precision=precision
-            )
-            m = higher
+        factor = scale if has_softcap else scale * LOG2E
+        table = block_tables + sequence.to(tl.int64) * table_stride
+        aligned: tl.constexpr = BS % TILE == 0 and LEAST % TILE == 0
+        m, weight, total = _walk(
+            m, weight, total, q, first, whole, position, slope, factor, softcap, window, table, head, keys,
+            values, key_scales, value_scales, dk, dv, H, BS, DK, DV, TILE, aligned, quantized, has_slopes,
+            has_softcap, False, precision,
+        )  # fmt: skip
+        m, weight, total = _walk(
+            m, weight, total, q, whole, last, position, slope, factor, softcap, window, table, head, keys,
+            values, key_scales, value_scales, dk, dv, H, BS, DK, DV, TILE, aligned, quantized, has_slopes,
+            has_softcap, True, precision,
+        )  # fmt: skip
         if decode:
             base = (((sequence * H + head) * tl.num_programs(2) + split) * G + row).to(tl.int64) * (DV + 2)
             tl.store(partial + base[:, None] + dv[None, :], total, mask=real[:, None] & (dv < DV)[None, :])
@@ -145,15 +195,16 @@ def paged_attention_kernel(
 @triton.jit(do_not_specialize=["splits", "window"])
 def join_splits_kernel(
     partial, query_starts, context_lens, sinks, out, splits, window,
-    H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr, SPLIT: tl.constexpr,
-    has_sinks: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr, LEAST: tl.constexpr,
+    MOST: tl.constexpr, has_sinks: tl.constexpr,
 ):  # fmt: skip
     """Grid (S, H * G): the outputs of sequences with one query token, from what their splits left."""
     sequence, query_head = tl.program_id(0), tl.program_id(1)
     start = tl.load(query_starts + sequence)
     if tl.load(query_starts + sequence + 1) - start == 1:
         context = tl.load(context_lens + sequence)
-        first = (tl.maximum(context - window, 0) if window > 0 else 0) // SPLIT
+        size = _split_size(context, LEAST, MOST)
+        first = (tl.maximum(context - window, 0) if window > 0 else 0) // size
         dv = tl.arange(0, PV)
         m = tl.full([1], NEVER, tl.float32)
         weight = tl.zeros([1], tl.float32)
@@ -161,7 +212,7 @@ def join_splits_kernel(
         if has_sinks:
             m = tl.zeros([1], tl.float32) + tl.load(sinks + query_head).to(tl.float32) * LOG2E
             weight += 1.0
-        for split in range(first, tl.minimum(splits, (context + SPLIT - 1) // SPLIT)):
+        for split in range(first, tl.minimum(splits, (context + size - 1) // size)):
             row = ((sequence * H + query_head // G) * splits + split) * G + query_head % G
             base = partial + row.to(tl.int64) * (DV + 2)
             part = tl.load(base + dv, mask=dv < DV, other=0.0)
@@ -176,23 +227,37 @@ def join_splits_kernel(
 
 
 @triton.jit
+def _store_row(
+    row, at, scale_at, largest, d, D: tl.constexpr, quantized: tl.constexpr, rounded: tl.constexpr
+):
+    """One head's numbers to a page; quantized: with the scale that makes the largest magnitude `largest`."""
+    if quantized:
+        row = row.to(tl.float32)
+        scale = tl.div_rn(tl.max(tl.abs(row)), largest)
+        row = tl.div_rn(row, tl.zeros_like(row) + tl.maximum(scale, 1.1754944e-38))
+        row = tl.minimum(tl.maximum(row, -largest), largest)
+        if rounded:
+            row = (row + 12582912.0) - 12582912.0  # to nearest, halves to even
+        tl.store(scale_at, scale)
+    tl.store(at + d, row.to(at.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
 def write_kv_kernel(
-    source, pages, scales, slots, token_stride, head_stride, largest,
-    H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, quantized: tl.constexpr, rounded: tl.constexpr,
+    key, value, key_pages, value_pages, key_scales, value_scales, slots, key_token_stride, key_head_stride,
+    value_token_stride, value_head_stride, largest, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    PK: tl.constexpr, PV: tl.constexpr, quantized: tl.constexpr, rounded: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T, H): source `[T, H, D]`, rows contiguous, into pages `[N, BS, H, D]` at slots `[T]`.
+    """Grid (T, H): key `[T, H, DK]` and value `[T, H, DV]`, rows contiguous, into pages `[N, BS, H, D]` at
+    slots `[T]`.
 
     quantized: scales `[N, BS, H]` get the largest magnitude by `largest`; rounded: to integers.
     """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    d = tl.arange(0, P)
     slot = tl.load(slots + token) * H + head
-    numbers = tl.load(source + token * token_stride + head * head_stride + d, mask=d < D, other=0.0)
-    if quantized:
-        numbers = numbers.to(tl.float32)
-        scale = tl.max(tl.abs(numbers)) / largest
-        numbers = tl.minimum(tl.maximum(numbers / tl.maximum(scale, 1.1754944e-38), -largest), largest)
-        if rounded:
-            numbers = (numbers + 12582912.0) - 12582912.0  # to nearest, halves to even
-        tl.store(scales + slot, scale)
-    tl.store(pages + slot * D + d, numbers.to(pages.dtype.element_ty), mask=d < D)
+    d = tl.arange(0, PK)
+    row = tl.load(key + token * key_token_stride + head * key_head_stride + d, mask=d < DK, other=0.0)
+    _store_row(row, key_pages + slot * DK, key_scales + slot, largest, d, DK, quantized, rounded)
+    d = tl.arange(0, PV)
+    row = tl.load(value + token * value_token_stride + head * value_head_stride + d, mask=d < DV, other=0.0)
+    _store_row(row, value_pages + slot * DV, value_scales + slot, largest, d, DV, quantized, rounded)
