@@ -173,7 +173,7 @@ def build(
 
         notes = (*notes, fuse(model).summary())
     elif device.type == "cuda" and config.native_kernels:
-        notes = (*notes, triton_summary(give_triton_kernels(model)))
+        notes = (*notes, *_fuse_on_cuda(model, layers, device))
     computed_in = model_dtype(model)
     dtype = kv_dtype(config, computed_in, device)
     backend, reason = choose_backend(
@@ -210,6 +210,16 @@ def build(
     )
     allocator = BlockAllocator(num_blocks, block_size, prefix_cache=config.prefix_cache)
     return Parts(info, runner, allocator, scheduler_config, overlap)
+
+
+def _fuse_on_cuda(model: PreTrainedModel, layers: list[LayerKV], device: torch.device) -> tuple[str, ...]:
+    """Merge products first: what is fused around them is then tried on what will really run."""
+    from memory_efficient_gpt.fusion.apply import fuse
+    from memory_efficient_gpt.fusion.merge import merge_linears
+    from memory_efficient_gpt.fusion.trial_run import packed_logits
+
+    merged = merge_linears(model, lambda: packed_logits(model, layers, device))
+    return merged.summary(), fuse(model).summary()
 
 
 def _build_unpacked(

@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from memory_efficient_gpt.assembly import Parts, build
+from memory_efficient_gpt.assembly import Parts, _fuse_on_cuda, build
+from memory_efficient_gpt.attention.model_setup import prepare_model
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.core import Engine
 from memory_efficient_gpt.errors import ConfigError, UnsupportedModelError
+from memory_efficient_gpt.fusion.merged_linear import MergedLinear
 from memory_efficient_gpt.tiers import decide_tier
 
 SHAPE: dict[str, Any] = dict(
@@ -103,3 +105,15 @@ def test_a_forced_tier_is_obeyed_or_refused() -> None:
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))
     with pytest.raises(UnsupportedModelError, match="tier B was asked for"):
         Engine.from_model(bloom, EngineConfig(model="tiny", tier="B"))
+
+
+def test_layers_of_one_input_are_merged_before_others_are_fused_and_both_are_noted() -> None:
+    """As for a CUDA device; here the CPU's kernels stand for Triton's."""
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    decision = decide_tier(model.config)
+    assert decision.layers is not None
+    prepare_model(model)
+    merged, fused = _fuse_on_cuda(model, decision.layers, torch.device("cpu"))
+    assert merged == "10 linear layers merged into 4 products"
+    assert "kernels" in fused and "merged" not in fused
+    assert sum(isinstance(module, MergedLinear) for module in model.modules()) == 10

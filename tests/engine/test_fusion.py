@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from memory_efficient_gpt.fusion import apply as fusion_module
+from memory_efficient_gpt.fusion import kernels as kernels_module
 from memory_efficient_gpt.fusion.apply import FusionReport, fuse
 from memory_efficient_gpt.native.build import Unavailable
 from memory_efficient_gpt.native.ops import Kernels, load_kernels
@@ -223,7 +223,7 @@ def test_a_layer_that_computes_something_else_is_kept_with_the_reason(kernels: K
     assert "differs" in reasons(report, "gated_mlp")
     assert [type(model.norm), type(model.mlp)] == classes
     assert report.replaced == {"linear": 3}
-    assert "kept torch for 1 gated_mlp: the native result differs" in report.summary()
+    assert "kept torch for 1 gated_mlp: the kernel's result differs" in report.summary()
 
 
 def test_an_activation_without_a_kernel_is_kept_with_the_reason(kernels: Kernels) -> None:
@@ -259,7 +259,7 @@ def test_weights_tried_on_a_norm_are_put_back(kernels: Kernels) -> None:
 def test_without_kernels_nothing_changes_and_the_reason_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fusion_module, "load_kernels", lambda: Unavailable("no compiler"))
+    monkeypatch.setattr(kernels_module, "load_kernels", lambda: Unavailable("no compiler"))
     model = Layers(linear=nn.Linear(8, 8))
     report = fuse(model)
     assert type(model.linear) is nn.Linear

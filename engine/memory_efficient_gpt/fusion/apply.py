@@ -1,9 +1,9 @@
-"""Give a loaded model's layers the native CPU kernels, in place.
+"""Give a loaded model's layers kernels of ours, in place: native C++ on the CPU, Triton on CUDA.
 
 Purpose: recognise linear layers, RMS norms, gated MLPs and fused experts by their structure, check that a
 kernel gives what the layer gives, and let it compute.
 Does not know: architectures' names, attention, the engine.
-Invariant: a layer whose native result differs from its own stays as it is, with a reason in the report.
+Invariant: a layer whose result by a kernel differs from its own stays as it is, with a reason in the report.
 
 A fused module keeps its identity, parameters, hooks and state_dict: only its class changes, to a subclass
 whose `forward` calls the kernel. With gradients enabled, on another device or in another dtype, the subclass
@@ -22,31 +22,46 @@ from typing import Any, Final, cast
 import torch
 from torch import nn
 
-from memory_efficient_gpt.fusion.structures import KINDS, PROBE_ERRORS, Kind, draw, dtype_of, own_parameter
+from memory_efficient_gpt.fusion.kernels import kernels_for
+from memory_efficient_gpt.fusion.structures import KINDS, Kind, device_of, draw, dtype_of, own_parameter
 from memory_efficient_gpt.native.build import Unavailable
-from memory_efficient_gpt.native.layers import NativeConv1D, NativeExperts, become
-from memory_efficient_gpt.native.ops import Kernels, load_kernels
+from memory_efficient_gpt.native.layers import (
+    LayerKernels,
+    NativeConv1D,
+    NativeExperts,
+    NativeLayer,
+    become,
+)
+from memory_efficient_gpt.native.ops import Kernels
 from memory_efficient_gpt.native.rotary import (
-    has_native_rotary,
     native_rotary,
     rotary_function,
+    rotary_kernels,
     with_native_rotary,
 )
 from memory_efficient_gpt.quantization.experts import QuantizedStack
 from memory_efficient_gpt.quantization.model import give_kernels, give_stack_kernels, quantized_modules
+from memory_efficient_gpt.quantization.triton_weights import give_triton_kernels
 
 logger = logging.getLogger(__name__)
 
 # Largest difference from the layer's own result, relative to that result's largest element. float32: sums in
-# another order. bfloat16: one rounding of 2^-8, or two layers' worth where an intermediate result is rounded.
-TOLERANCES: Final = {torch.float32: 2e-5, torch.bfloat16: 2**-6}
+# another order. bfloat16: one rounding of 2^-8, or two layers' worth where an intermediate result is rounded;
+# float16 likewise.
+TOLERANCES: Final = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+
+Verdicts = dict[object, str | dict[str, Any]]
+"""By kind of module: settings for its kernel, or why it gets none."""
 
 
 @dataclass(slots=True)
 class FusionReport:
-    """What `fuse` did. `replaced` counts modules by kind; `dropped` counts (kind, reason) of those kept."""
+    """What `fuse` did. `replaced` counts modules by kind; `dropped` counts (kind, reason) of those kept.
 
-    isa: str | None = None
+    label: the kernels'.
+    """
+
+    label: str
     unavailable: str | None = None
     replaced: Counter[str] = field(default_factory=Counter)
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -54,47 +69,62 @@ class FusionReport:
     def summary(self) -> str:
         """One line for a log or for GET /v1/models."""
         if self.unavailable is not None:
-            return f"layers by torch: native kernels are unavailable: {self.unavailable}"
+            return f"layers by torch: {self.label} are unavailable: {self.unavailable}"
         done = ", ".join(f"{count} {kind}" for kind, count in sorted(self.replaced.items())) or "no layer"
         kept = "; ".join(f"{n} {kind}: {why}" for (kind, why), n in sorted(self.dropped.items()))
-        return f"native kernels ({self.isa}): {done}" + (f"; kept torch for {kept}" if kept else "")
+        return f"{self.label}: {done}" + (f"; kept torch for {kept}" if kept else "")
 
 
-def fuse(model: nn.Module, kernels: Kernels | None = None) -> FusionReport:
-    """Make recognised modules of `model` compute with native kernels; changes the model in place.
+def fuse(model: nn.Module, kernels: LayerKernels | None = None) -> FusionReport:
+    """Make recognised modules of `model` compute with kernels; changes the model in place.
 
-    kernels: None loads those for this CPU; where there are none, nothing changes and the report says why.
-    One module of each kind (class, shapes, constants) is checked against its own forward on random input.
-    What was fused before stays so.
+    kernels: None takes those for the model's device; where there are none, nothing changes and the report
+    says why. One module of each kind (class, shapes, constants) is checked against its own forward on random
+    input. What was fused before stays so, unless it was for another device.
     """
-    loaded = load_kernels() if kernels is None else kernels
+    loaded = kernels_for(model) if kernels is None else kernels
     if isinstance(loaded, Unavailable):
-        report = FusionReport(unavailable=loaded.reason)
+        label = "native kernels" if device_of(model).type == "cpu" else "Triton kernels"
+        report = FusionReport(label, unavailable=loaded.reason)
         logger.warning(report.summary())
         return report
-    report = FusionReport(isa=loaded.isa)
-    verdicts: dict[object, str | dict[str, Any]] = {}
+    report = FusionReport(loaded.label)
+    verdicts: Verdicts = {}
     with torch.no_grad():
         _fuse_quantized(model, loaded, report)
         for module in model.modules():
+            _give_up_others(module, loaded)
             _fuse_module(module, loaded, report, verdicts)
             _fuse_rotary(module, loaded, report, verdicts)
-        _report_slow_experts(model, report)
+        if isinstance(loaded, Kernels):
+            _report_slow_experts(model, report)
     logger.info(report.summary())
     return report
 
 
+def _give_up_others(module: nn.Module, kernels: LayerKernels) -> None:
+    """Back to the module's own class where it was fused for another device."""
+    held = module.native_kernels if isinstance(module, NativeLayer) else rotary_kernels(module)
+    if held is not None and held.device_type != kernels.device_type:
+        module.__class__ = type(module).__bases__[-1]
+
+
 def _fuse_module(
-    module: nn.Module, kernels: Kernels, report: FusionReport, verdicts: dict[object, str | dict[str, Any]]
+    module: nn.Module,
+    kernels: LayerKernels,
+    report: FusionReport,
+    verdicts: dict[object, str | dict[str, Any]],
 ) -> None:
     for kind in KINDS:
+        if kind.cpu_only and not isinstance(kernels, Kernels):
+            continue
         if isinstance(module, kind.layer):  # it was fused before
             report.replaced[kind.name] += 1
             return
         shape = kind.recognise(module)
         if shape is None:
             continue
-        if (reason := _obstacle(module)) is not None:
+        if (reason := _obstacle(module, kernels)) is not None:
             report.dropped[kind.name, reason] += 1
             return
         key = (kind.name, type(module), shape)
@@ -108,16 +138,20 @@ def _fuse_module(
             weight = cast(torch.Tensor, module.weight)
             weight.data = weight.data.t().contiguous().t()
         become(module, kind.layer, kernels, verdict)
-        if kind.layer is NativeExperts:
+        if kind.layer is NativeExperts and isinstance(kernels, Kernels):
             give_stack_kernels(module, kernels)
         report.replaced[kind.name] += 1
         return
 
 
-def _fuse_quantized(model: nn.Module, kernels: Kernels, report: FusionReport) -> None:
+def _fuse_quantized(model: nn.Module, kernels: LayerKernels, report: FusionReport) -> None:
     """Quantized layers first: what is fused around them is then tried on what will really run."""
-    for outcome, count in give_kernels(model, kernels).items():
-        if outcome == "native":
+    if isinstance(kernels, Kernels):
+        outcomes, taken = give_kernels(model, kernels), "native"
+    else:
+        outcomes, taken = give_triton_kernels(model), "triton"
+    for outcome, count in outcomes.items():
+        if outcome == taken:
             report.replaced["quantized"] += count
         else:
             report.dropped["quantized", outcome] += count
@@ -131,66 +165,81 @@ def _report_slow_experts(model: nn.Module, report: FusionReport) -> None:
 
 
 def _fuse_rotary(
-    module: nn.Module, kernels: Kernels, report: FusionReport, verdicts: dict[object, str | dict[str, Any]]
+    module: nn.Module,
+    kernels: LayerKernels,
+    report: FusionReport,
+    verdicts: dict[object, str | dict[str, Any]],
 ) -> None:
     """Turn an attention module's queries and keys with the kernel, if its model's function does the same."""
-    if has_native_rotary(module):
+    if rotary_kernels(module) is not None:
         report.replaced["rotary"] += 1
         return
     own, dtype = rotary_function(type(module)), dtype_of(module)
     if own is None or dtype is None:
         return
-    reason = _obstacle(module)
-    if reason is None:
+    verdict: str | dict[str, Any] | None = _obstacle(module, kernels)
+    if verdict is None:
         key = ("rotary", own, dtype)
         if key not in verdicts:
-            verdicts[key] = _judge_rotary(own, kernels, torch.empty(0, dtype=dtype))
+            like = torch.empty(0, dtype=dtype, device=device_of(module))
+            verdicts[key] = _judge_rotary(own, kernels, like)
         verdict = verdicts[key]
-        reason = verdict if isinstance(verdict, str) else None
-    if reason is not None:
-        report.dropped["rotary", reason] += 1
+    if isinstance(verdict, str):
+        report.dropped["rotary", verdict] += 1
         return
-    fused = with_native_rotary(type(module), kernels)  # type: ignore[arg-type]  # classes are hashable
+    fused = with_native_rotary(type(module), kernels, **verdict)  # type: ignore[arg-type]  # classes are hashable
     module.__class__ = fused
     report.replaced["rotary"] += 1
 
 
-def _judge_rotary(own: Callable[..., Any], kernels: Kernels, like: torch.Tensor) -> str | dict[str, Any]:
-    """{} if the kernel turns queries and keys as the model's function does, or why it does not."""
-    query, key = draw(1, 5, 4, 16, like=like).transpose(1, 2), draw(1, 5, 2, 16, like=like).transpose(1, 2)
-    cos, sin = draw(1, 5, 16, like=like), draw(2, 5, 16, like=like)[1:]
-    try:
-        want = own(query, key, cos, sin)
-        got = native_rotary(kernels, own)(query, key, cos, sin)
-        worst = max(_relative(g, w) for g, w in zip(got, want, strict=True))
-    except PROBE_ERRORS as error:
-        return f"its function could not be tried ({type(error).__name__}: {error})"
+def _judge_rotary(own: Callable[..., Any], kernels: LayerKernels, like: torch.Tensor) -> str | dict[str, Any]:
+    """`with_native_rotary`'s options if the kernel turns as the model's function does, or why it does not."""
     limit = TOLERANCES[like.dtype]
-    return {} if worst <= limit else f"the native result differs by {worst:.2g} (limit {limit:.2g})"
+    try:
+        worst = _rotary_difference(own, kernels, like, 16)
+    except Exception as error:  # noqa: BLE001  # Triton's compiler has errors of its own
+        return f"its function could not be tried ({_said(error)})"
+    if not worst <= limit:
+        return f"the kernel's result differs by {worst:.2g} (limit {limit:.2g})"
+    try:
+        return {"partial": _rotary_difference(own, kernels, like, 12) <= limit}
+    except Exception:  # noqa: BLE001  # a function for whole heads only
+        return {"partial": False}
 
 
-def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
+def _rotary_difference(
+    own: Callable[..., Any], kernels: LayerKernels, like: torch.Tensor, part: int
+) -> float:
+    """Where the first `part` of a head's 16 elements turn."""
+    query, key = draw(1, 5, 4, 16, like=like).transpose(1, 2), draw(1, 5, 2, 16, like=like).transpose(1, 2)
+    cos, sin = draw(1, 5, part, like=like), draw(2, 5, part, like=like)[1:]
+    want = own(query, key, cos, sin)
+    got = native_rotary(kernels, own, partial=True)(query, key, cos, sin)
+    return max(relative_difference(g, w) for g, w in zip(got, want, strict=True))
+
+
+def relative_difference(got: torch.Tensor, want: torch.Tensor) -> float:
     """The largest difference by the largest element wanted; infinite for other shapes or dtypes."""
     if want.shape != got.shape or want.dtype is not got.dtype:
         return torch.inf
     return float((got.float() - want.float()).abs().max() / want.float().abs().max().clamp(min=1e-30))
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def _obstacle(module: nn.Module, kernels: LayerKernels) -> str | None:
     """Why no kernel can take a module of a known structure, before any number is computed."""
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     for weight in module.parameters():
-        if weight.dtype not in TOLERANCES:
+        if weight.dtype not in kernels.dtypes:
             return f"no kernel for {weight.dtype}"
-        if not weight.is_cpu:
+        if weight.device.type != kernels.device_type:
             return f"on {weight.device.type}"
         if not weight.is_contiguous():
             return "a weight is not contiguous"
     return None
 
 
-def _judge(module: nn.Module, kind: Kind, kernels: Kernels) -> str | dict[str, Any]:
+def _judge(module: nn.Module, kind: Kind, kernels: LayerKernels) -> str | dict[str, Any]:
     """The settings with which the kernel gives what the module gives, or why there are none."""
     dtype = dtype_of(module)
     assert dtype is not None, "a recognised structure has weights"
@@ -200,18 +249,22 @@ def _judge(module: nn.Module, kind: Kind, kernels: Kernels) -> str | dict[str, A
         for settings in kind.candidates(module):
             try:
                 tried.append((_difference(module, kind, kernels, settings), settings))
-            except PROBE_ERRORS as error:
-                return f"its forward could not be tried ({type(error).__name__}: {error})"
+            except Exception as error:  # noqa: BLE001  # Triton's compiler has errors of its own
+                return f"its forward could not be tried ({_said(error)})"
     if not tried:
         return "an activation without a kernel"
     least, settings = min(tried, key=lambda trial: trial[0])
     if not least <= limit:  # also when NaN
-        return f"the native result differs by {least:.2g} (limit {limit:.2g})"
+        return f"the kernel's result differs by {least:.2g} (limit {limit:.2g})"
     return settings
 
 
-def _difference(module: nn.Module, kind: Kind, kernels: Kernels, settings: dict[str, Any]) -> float:
-    """Largest difference of native and own results, relative to the largest of the latter."""
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _difference(module: nn.Module, kind: Kind, kernels: LayerKernels, settings: dict[str, Any]) -> float:
+    """Largest difference of the kernel's and own results, relative to the largest of the latter."""
     own = type(module)
     worst = 0.0
     for inputs in kind.inputs(module):
@@ -221,7 +274,7 @@ def _difference(module: nn.Module, kind: Kind, kernels: Kernels, settings: dict[
             got = module(*inputs)
         finally:
             module.__class__ = own
-        worst = max(worst, _relative(got, want))
+        worst = max(worst, relative_difference(got, want))
     return worst
 
 

@@ -1,4 +1,4 @@
-"""The structures that native kernels know, recognised without any architecture's name.
+"""The structures that kernels know, recognised without any architecture's name.
 
 Purpose: what a linear layer, an RMS norm, a gated MLP or stacked experts look like; which settings of a
 kernel might fit one; what to try them on.
@@ -39,7 +39,7 @@ class Kind:
     """A structure that kernels know.
 
     recognise: a module's shapes and constants, or None for another structure; candidates: settings of the
-    kernel that might fit; inputs: what to try them on.
+    kernel that might fit; inputs: what to try them on. cpu_only: other devices have no such kernel.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Kind:
     recognise: Callable[[nn.Module], object | None]
     candidates: Callable[[nn.Module], Iterable[dict[str, Any]]]
     inputs: Callable[[nn.Module], Iterable[tuple[torch.Tensor, ...]]]
+    cpu_only: bool = False
 
 
 def _is_linear(module: nn.Module) -> object | None:
@@ -110,6 +111,17 @@ def dtype_of(module: nn.Module) -> torch.dtype | None:
     return next((m.compute_dtype for m in module.modules() if isinstance(m, QuantizedModule)), None)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Of the module's first weight, quantized ones included; the CPU if it has none."""
+    for tensor in module.parameters():
+        return tensor.device
+    for part in module.modules():
+        if isinstance(part, QuantizedModule):
+            packed = part.packed_weight
+            return (packed.codes if packed is not None else part.quantized_weight.codes).device
+    return torch.device("cpu")
+
+
 def own_parameter(module: nn.Module, name: str) -> torch.Tensor | None:
     """The module's own parameter of that name, not a child's."""
     return module._parameters.get(name)
@@ -152,9 +164,9 @@ def _activation_settings(module: nn.Module) -> Iterable[dict[str, Any]]:
 
 
 def draw(*shape: int, like: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """Gaussian numbers, the same at every call."""
+    """Gaussian numbers in the dtype and on the device of `like`, the same at every call."""
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(shape, generator=generator) * scale).to(like.dtype)
+    return (torch.randn(shape, generator=generator) * scale).to(device=like.device, dtype=like.dtype)
 
 
 def _vectors(module: nn.Module) -> Iterable[tuple[torch.Tensor, ...]]:
@@ -171,7 +183,8 @@ def _vectors_near_epsilon(module: nn.Module) -> Iterable[tuple[torch.Tensor, ...
 
 def _vectors_of_all_sizes(module: nn.Module) -> Iterable[tuple[torch.Tensor, ...]]:
     """Large ones too, so that a clamp inside shows."""
-    down, like = cast(nn.Linear, module.down_proj), torch.empty(0, dtype=dtype_of(module))
+    down = cast(nn.Linear, module.down_proj)
+    like = torch.empty(0, dtype=dtype_of(module), device=device_of(module))
     return [(draw(1, 2, down.out_features, like=like, scale=scale),) for scale in (0.3, 30.0)]
 
 
@@ -185,9 +198,9 @@ def _routed_vectors(module: nn.Module) -> Iterable[tuple[torch.Tensor, ...]]:
 
 
 KINDS: Final = (
-    Kind("linear", NativeLinear, _is_linear, _plain, _vectors),
-    Kind("conv1d", NativeConv1D, _is_conv1d, _plain, _vectors),
+    Kind("linear", NativeLinear, _is_linear, _plain, _vectors, cpu_only=True),
+    Kind("conv1d", NativeConv1D, _is_conv1d, _plain, _vectors, cpu_only=True),
     Kind("rms_norm", NativeRMSNorm, _is_rms_norm, _norm_settings, _vectors_near_epsilon),
     Kind("gated_mlp", NativeGatedMLP, _is_gated_mlp, _activation_settings, _vectors_of_all_sizes),
-    Kind("experts", NativeExperts, _is_experts, _activation_settings, _routed_vectors),
+    Kind("experts", NativeExperts, _is_experts, _activation_settings, _routed_vectors, cpu_only=True),
 )

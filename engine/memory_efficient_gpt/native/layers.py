@@ -1,6 +1,6 @@
-"""Layers of a model that compute with the native kernels, as classes to mix into the layer's own class.
+"""Layers of a model that compute with kernels of ours, as classes to mix into the layer's own class.
 
-Purpose: the `forward` of linear layers, norms, gated MLPs and routed experts.
+Purpose: the `forward` of linear layers, norms, gated MLPs and routed experts, and what they ask of kernels.
 Does not know: which modules of a model may take them (fusion decides).
 Invariant: parameters stay where they are; with gradients enabled, on another device or in another dtype, a
 layer computes with its own class's `forward`.
@@ -16,9 +16,34 @@ from typing import Any, Final, Protocol, cast
 import torch
 from torch import nn
 
-from memory_efficient_gpt.native.ops import Kernels
+from memory_efficient_gpt.native.ops import Activation, Kernels, NormStyle
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
+
+
+class LayerKernels(Protocol):
+    """Kernels of one kind of device for the layers between products: the native C++ ones, or Triton's.
+
+    label: what people read. device_type and dtypes: of the tensors they take.
+    """
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def device_type(self) -> str: ...
+    @property
+    def dtypes(self) -> frozenset[torch.dtype]: ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, style: NormStyle) -> torch.Tensor:
+        """x `[..., D]` over its root mean square, times weight `[D]`."""
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """activation(gate) * up for `[..., D]`."""
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """query and key `[1, H, T, D]` turned by cos and sin `[1, T, P]`, P <= D, as new tensors."""
 
 
 class Stack(Protocol):
@@ -37,17 +62,24 @@ class Stack(Protocol):
 class NativeLayer(nn.Module):
     """Base of the classes below; the attributes are set on a module by `become`."""
 
-    native_kernels: Kernels
+    native_kernels: LayerKernels
     native_settings: dict[str, Any]
 
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether the kernels may take x: its device and dtype are theirs, there is no gradient to record."""
+        kernels = self.native_kernels
+        right = x.device.type == kernels.device_type and x.dtype in kernels.dtypes
+        return right and not torch.is_grad_enabled()
+
     def can_compute(self, x: torch.Tensor, weight: torch.Tensor | Stack) -> bool:
-        """Whether the kernels may take these: same float dtype, on the CPU, no gradient to record."""
-        return x.dtype is weight.dtype and x.is_cpu and x.dtype in DTYPES and not torch.is_grad_enabled()
+        """Likewise, and the weight has x's dtype."""
+        return x.dtype is weight.dtype and self.takes(x)
 
 
 class NativeLinear(NativeLayer):
     """As nn.Linear."""
 
+    native_kernels: Kernels
     weight: torch.Tensor
     bias: torch.Tensor | None
 
@@ -61,6 +93,7 @@ class NativeLinear(NativeLayer):
 class NativeConv1D(NativeLayer):
     """As a linear layer with weight `[K, N]`, kept in memory as its transpose."""
 
+    native_kernels: Kernels
     weight: torch.Tensor
     bias: torch.Tensor
 
@@ -90,7 +123,7 @@ class NativeGatedMLP(NativeLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `[..., D]` to `[..., D]`."""
-        if x.dtype not in DTYPES or not x.is_cpu or torch.is_grad_enabled():
+        if not self.takes(x):
             return cast(torch.Tensor, super().forward(x))
         modules = self._modules
         if (merged := modules.get("gate_up_proj")) is not None:
@@ -104,6 +137,7 @@ class NativeGatedMLP(NativeLayer):
 class NativeExperts(NativeLayer):
     """Routed gated MLPs, weights stacked: gate_up_proj `[E, 2 I, D]`, down_proj `[E, D, I]`."""
 
+    native_kernels: Kernels
     gate_up_proj: torch.Tensor | Stack
     down_proj: torch.Tensor | Stack
 
@@ -135,7 +169,9 @@ class NativeExperts(NativeLayer):
         return weighted.sum(dim=1).to(x.dtype)
 
 
-def become(module: nn.Module, layer: type[NativeLayer], kernels: Kernels, settings: dict[str, Any]) -> None:
+def become(
+    module: nn.Module, layer: type[NativeLayer], kernels: LayerKernels, settings: dict[str, Any]
+) -> None:
     """Change the class of `module` to a subclass that computes as `layer`; the instance stays the same.
 
     To undo it, assign the former class to `module.__class__`.

@@ -15,7 +15,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from ctypes import c_float, c_int64, c_void_p
-from typing import Any, Final, Literal, cast
+from typing import Any, ClassVar, Final, Literal, cast
 
 import torch
 
@@ -98,6 +98,8 @@ class Kernels:
     """
 
     num_threads: int | None = None
+    device_type: ClassVar[str] = "cpu"
+    dtypes: ClassVar[frozenset[torch.dtype]] = frozenset((torch.float32, torch.bfloat16))
 
     def __init__(self, library: NativeLibrary) -> None:
         cdll = library.cdll
@@ -116,6 +118,11 @@ class Kernels:
     def __deepcopy__(self, memo: dict[int, object]) -> Kernels:
         """Itself: a copied model shares the library."""
         return self
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"native kernels ({self.isa})"
 
     def thread_limit(self) -> int:
         """The most threads that a call uses."""
@@ -263,6 +270,15 @@ class Kernels:
             float_code(x),
             self.thread_limit(),
         )
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """query and key `[1, H, T, D]` turned by cos and sin `[1, T, P]` as `apply_rope` does, copied."""
+        turned = [last_contiguous(x.clone()) for x in (query, key)]  # the model may still need query and key
+        for x in turned:
+            self.apply_rope(x[0].transpose(0, 1), cos[0], sin[0])
+        return turned[0], turned[1]
 
     def write_kv(
         self,

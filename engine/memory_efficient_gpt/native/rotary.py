@@ -1,4 +1,4 @@
-"""Rotary positions of an attention module by the native kernel.
+"""Rotary positions of an attention module by a kernel.
 
 Purpose: a subclass of a model's attention class whose `forward` is the same code, but turns queries and keys
 with the kernel; and the function it calls instead of transformers'.
@@ -19,11 +19,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from memory_efficient_gpt.native.layers import DTYPES
-from memory_efficient_gpt.native.ops import Kernels
+from memory_efficient_gpt.native.layers import LayerKernels
 
 FUNCTION_NAME: Final = "apply_rotary_pos_emb"
-_MARK: Final = "turns_natively"
+_MARK: Final = "turns_with"
 
 Rotary = Callable[..., Any]
 
@@ -37,8 +36,11 @@ def rotary_function(own: type[nn.Module]) -> Rotary | None:
     return function if callable(function) else None
 
 
-def native_rotary(kernels: Kernels, own: Rotary) -> Rotary:
-    """As `own(query, key, cos, sin)`, for tensors that the kernel takes; `own` itself for all others."""
+def native_rotary(kernels: LayerKernels, own: Rotary, *, partial: bool = False) -> Rotary:
+    """As `own(query, key, cos, sin)`, for tensors that the kernel takes; `own` itself for all others.
+
+    partial: whether the kernel may turn the first elements of a head only, where cos has fewer than a head.
+    """
 
     def apply_rotary_pos_emb(
         query: torch.Tensor,
@@ -48,18 +50,19 @@ def native_rotary(kernels: Kernels, own: Rotary) -> Rotary:
         *rest: Any,
         **options: Any,
     ) -> Any:
-        if rest or options or not _takes(query, key, cos, sin):
+        if rest or options or not _takes(kernels, query, key, cos, sin, partial=partial):
             return own(query, key, cos, sin, *rest, **options)
-        return _turned(kernels, query, cos, sin), _turned(kernels, key, cos, sin)
+        return kernels.rotate(query, key, cos, sin)
 
     return apply_rotary_pos_emb
 
 
 @functools.cache
-def with_native_rotary(own: type[nn.Module], kernels: Kernels) -> type[nn.Module]:
+def with_native_rotary(own: type[nn.Module], kernels: LayerKernels, partial: bool = False) -> type[nn.Module]:
     """A subclass of `own` that turns queries and keys with the kernel."""
     forward: Any = own.forward
-    replaced = {FUNCTION_NAME: native_rotary(kernels, forward.__globals__[FUNCTION_NAME])}
+    turn = native_rotary(kernels, forward.__globals__[FUNCTION_NAME], partial=partial)
+    replaced = {FUNCTION_NAME: turn}
     copy = FunctionType(
         forward.__code__,
         {**forward.__globals__, **replaced},
@@ -69,37 +72,40 @@ def with_native_rotary(own: type[nn.Module], kernels: Kernels) -> type[nn.Module
     )
     functools.update_wrapper(copy, forward)
     copy.__kwdefaults__ = forward.__kwdefaults__
-    namespace = {"__module__": own.__module__, "forward": copy, _MARK: True}
+    namespace = {"__module__": own.__module__, "forward": copy, _MARK: kernels}
     return type(f"NativeRotary{own.__name__}", (own,), namespace)
 
 
-def has_native_rotary(module: nn.Module) -> bool:
-    """Whether its class is one of `with_native_rotary`."""
-    return getattr(type(module), _MARK, False)
+def rotary_kernels(module: nn.Module) -> LayerKernels | None:
+    """Those of its class, if that is one of `with_native_rotary`."""
+    kernels: LayerKernels | None = getattr(type(module), _MARK, None)
+    return kernels
 
 
-def _takes(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether these are one packed row on the CPU: query and key `[1, H, T, D]`, cos and sin `[1, T, P]`."""
+def _takes(
+    kernels: LayerKernels,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    partial: bool,
+) -> bool:
+    """Whether these are one packed row on the kernels' device: `[1, H, T, D]`, cos and sin `[1, T, P]`."""
     dtype = query.dtype
-    alike = dtype in DTYPES and dtype is key.dtype is cos.dtype is sin.dtype and query.is_cpu
-    if not alike or torch.is_grad_enabled() or query.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape:
+    alike = dtype in kernels.dtypes and dtype is key.dtype is cos.dtype is sin.dtype
+    here = query.device.type == kernels.device_type
+    if not alike or not here or torch.is_grad_enabled():
+        return False
+    if query.dim() != 4 or key.dim() != 4 or cos.dim() != 3 or cos.shape != sin.shape:
         return False
     size = cos.shape[2]
     return (
         query.shape[0] == key.shape[0] == cos.shape[0] == 1
         and query.shape[2] == key.shape[2] == cos.shape[1]
-        and query.shape[3] == key.shape[3] == size
+        and query.shape[3] == key.shape[3]
+        and (query.shape[3] == size or (partial and 0 < size < query.shape[3]))
         and size % 2 == 0
         and cos.is_contiguous()
         and sin.is_contiguous()
     )
-
-
-def _turned(kernels: Kernels, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    turned = x.clone()  # the kernel works in place, and the model may still need x
-    heads = turned[0].transpose(0, 1)
-    if heads.stride(2) != 1:
-        turned = x.contiguous().clone()
-        heads = turned[0].transpose(0, 1)
-    kernels.apply_rope(heads, cos[0], sin[0])
-    return turned

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import CohereConfig
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
+from transformers.models.phi3 import modeling_phi3
 
-from memory_efficient_gpt.fusion.apply import fuse
+from memory_efficient_gpt.fusion.apply import _judge_rotary, fuse
 from memory_efficient_gpt.native.build import Unavailable
 from memory_efficient_gpt.native.ops import Kernels, load_kernels
 from memory_efficient_gpt.native.rotary import native_rotary, rotary_function, with_native_rotary
@@ -71,6 +72,40 @@ def test_what_the_kernel_does_not_take_goes_to_the_models_function(kernels: Kern
     with torch.set_grad_enabled(case == "gradients"):
         native_rotary(kernels, own)(query, key, cos, sin, **options)
     assert own.calls == 1
+
+
+def test_a_part_of_each_head_turns_as_the_model_turns_it(kernels: Kernels) -> None:
+    torch.manual_seed(0)
+    query, key = heads(7, 6, 16, torch.bfloat16), heads(7, 2, 16, torch.bfloat16)
+    cos, sin = torch.randn(2, 1, 7, 12).bfloat16()
+    own = Counted(modeling_phi3.apply_rotary_pos_emb)
+    with torch.inference_mode():
+        got = native_rotary(kernels, own, partial=True)(query, key, cos, sin)
+    assert own.calls == 0
+    for turned, want in zip(got, own.function(query, key, cos, sin), strict=True):
+        assert torch.equal(turned, want)
+
+
+def first_part_alone(query: Any, key: Any, cos: Any, sin: Any) -> Any:
+    """Turns whole heads as Llama does, parts of heads in its own way."""
+    if cos.shape[-1] == query.shape[-1]:
+        return modeling_llama.apply_rotary_pos_emb(query, key, cos, sin)
+    return -query, -key
+
+
+@pytest.mark.parametrize(
+    ("own", "partial"),
+    [
+        (modeling_phi3.apply_rotary_pos_emb, True),
+        (modeling_llama.apply_rotary_pos_emb, False),
+        (first_part_alone, False),
+    ],
+)
+def test_parts_of_heads_take_the_kernel_only_if_the_function_does_the_same(
+    kernels: Kernels, own: Any, partial: bool
+) -> None:
+    with torch.no_grad():
+        assert _judge_rotary(own, kernels, torch.empty(0)) == {"partial": partial}
 
 
 def test_transformers_own_module_is_left_alone(kernels: Kernels) -> None:

@@ -1,0 +1,249 @@
+"""Find linear layers that get the same input, and let one product compute them.
+
+Purpose: group layers by what a forward pass gives them, merge them, check numbers and model, undo what fails.
+Does not know: architectures' names, how the model is run (the caller's `run`).
+Invariant: layers whose parts differ from their own results, or with which the model does not run as before,
+are as they were afterwards, with a reason in the report.
+
+Two checks tell two kinds of mistakes apart. A group's parts are compared with its layers' own results on the
+inputs that the forward pass had: sums in another order may round differently, no more. Then the model runs
+with parts computed layer by layer, as before, but handed out as merged ones are: nothing may change at all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from memory_efficient_gpt.fusion.apply import TOLERANCES, relative_difference
+from memory_efficient_gpt.fusion.merged_linear import MergedLinear, MergedProduct, Mode, part_ways
+from memory_efficient_gpt.fusion.structures import own_parameter
+from memory_efficient_gpt.quantization.modules import QuantizedModule
+
+logger = logging.getLogger(__name__)
+
+_RELEASE_BYTES: Final = 256 << 20
+"""Weights that were copied before CUDA's allocator is told to give the old ones' memory back."""
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ADAPTED: Final = "base_layer"
+"""What peft's modules, and others after its example, call the layer that they wrap."""
+
+Run = Callable[[], torch.Tensor]
+"""A forward pass of the model over a few tokens; gives logits. The same at every call."""
+
+
+@dataclass(slots=True)
+class MergeReport:
+    """What `merge_linears` did. `merged`: products by number of layers; `dropped`: layers by reason."""
+
+    merged: Counter[int] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def summary(self) -> str:
+        """One line for a log or for GET /v1/models; empty if no layers share an input."""
+        if not self.merged and not self.dropped:
+            return ""
+        layers = sum(size * count for size, count in self.merged.items())
+        kept = "; ".join(f"{count} layers: {why}" for why, count in sorted(self.dropped.items()))
+        done = f"{layers} linear layers merged into {self.merged.total()} products"
+        return done + (f"; kept apart {kept}" if kept else "")
+
+
+def merge_linears(model: nn.Module, run: Run) -> MergeReport:
+    """Let one product compute linear layers of `model` that get the same input; changes the model in place.
+
+    run: see `Run`; it is called at most three times. Memory: one group's weights, twice, while it is merged;
+    on CUDA the old ones of some groups more, until the allocator gives them back.
+    Layers that are quantized, have hooks or adapters, share a weight, or have a `forward` of their own are
+    left alone.
+    """
+    report = MergeReport()
+    serving = torch.inference_mode()(run)  # there, tensors have no version that tells a write in place
+    _part_what_moved(model)
+    products = {
+        id(m.merged_product): m.merged_product for m in model.modules() if isinstance(m, MergedLinear)
+    }
+    report.merged.update(product.layers for product in products.values())  # merged before, and still so
+    with torch.no_grad():
+        try:
+            groups = _groups(model, serving)
+        except Exception as error:  # noqa: BLE001  # any model code may run here
+            report.dropped[f"the forward pass to find them failed ({_said(error)})"] += 1
+            logger.warning(report.summary())
+            return report
+        merged = list(_merged(groups, report))
+        reason = _model_difference(serving, [layers for layers, _ in merged])
+        for layers, size in merged:
+            if reason is None:
+                report.merged[size] += 1
+            else:
+                _part(layers, reason, report)
+    logger.info(report.summary())
+    return report
+
+
+@dataclass(slots=True)
+class _Calls:
+    """What a forward pass gave a layer."""
+
+    layer: nn.Linear
+    inputs: list[torch.Tensor] = field(default_factory=list)
+
+
+def _groups(model: nn.Module, run: Run) -> list[list[_Calls]]:
+    """Layers of one parent that get the very same tensors, in the order of their first calls."""
+    parents = _plain_siblings(model)
+    called: dict[int, _Calls] = {}
+
+    def record(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if isinstance(layer, nn.Linear) and arguments:
+            called.setdefault(id(layer), _Calls(layer)).inputs.append(arguments[0])
+
+    handles = [layer.register_forward_pre_hook(record) for layer in parents]
+    try:
+        if handles:
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[tuple[int, ...], list[_Calls]] = {}
+    for calls in called.values():
+        key = (parents[calls.layer], *map(id, calls.inputs))  # the inputs are alive: ids are theirs
+        groups.setdefault(key, []).append(calls)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _plain_siblings(model: nn.Module) -> dict[nn.Linear, int]:
+    """Layers that may be merged, and the parent of each: one that has several of them."""
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    adapted = {id(m) for a in model.modules() if _ADAPTED in a._modules for m in a.modules()}
+    siblings: dict[nn.Linear, int] = {}
+    for parent in model.modules():
+        plain = [m for m in parent.children() if isinstance(m, nn.Linear) and _is_plain(m, owners)]
+        free = [m for m in plain if id(m) not in adapted]
+        if len(free) > 1:
+            siblings.update(dict.fromkeys(free, id(parent)))
+    return siblings
+
+
+def _is_plain(layer: nn.Linear, owners: Counter[int]) -> bool:
+    """Whether the layer is its weight and bias and nothing else, and no other module has them."""
+    if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+        return False
+    if isinstance(layer, QuantizedModule) or any(getattr(layer, name) for name in _HOOKS):
+        return False
+    tensors = list(layer.parameters())
+    own = all(type(t) is nn.Parameter and t.is_contiguous() and owners[id(t)] == 1 for t in tensors)
+    return own and len(tensors) == (1 if own_parameter(layer, "bias") is None else 2)
+
+
+def _merged(groups: list[list[_Calls]], report: MergeReport) -> Iterator[tuple[list[MergedLinear], int]]:
+    """Merge group by group; gives the layers of those whose numbers are right, with their count."""
+    copied = 0
+    for group in groups:
+        layers = [calls.layer for calls in group]
+        reason = _obstacle(layers)
+        if reason is not None:
+            report.dropped[reason] += len(layers)
+            continue
+        inputs = group[0].inputs
+        want = [[layer(x) for x in inputs] for layer in layers]
+        MergedProduct(layers)
+        merged: list[MergedLinear] = [layer for layer in layers if isinstance(layer, MergedLinear)]
+        reason = _difference(inputs, merged, want)
+        if reason is None:
+            yield merged, len(merged)
+        else:
+            _part(merged, reason, report)
+        copied = _release(copied, layers)
+
+
+def _obstacle(layers: list[nn.Linear]) -> str | None:
+    """Why these can't be one product."""
+    if len({own_parameter(layer, "bias") is None for layer in layers}) > 1:
+        return "some have biases, others none"
+    if len({(t.dtype, t.device) for layer in layers for t in layer.parameters()}) > 1:
+        return "of different dtypes or devices"
+    dtype = layers[0].weight.dtype
+    return None if dtype in TOLERANCES else f"their dtype is {dtype}"
+
+
+def _difference(
+    inputs: list[torch.Tensor], layers: list[MergedLinear], want: list[list[torch.Tensor]]
+) -> str | None:
+    """Why the layers' parts are not their results; None if they are."""
+    worst = 0.0
+    for number, x in enumerate(inputs):
+        for layer, own in zip(layers, want, strict=True):
+            worst = max(worst, relative_difference(layer(x), own[number]))
+    limit = TOLERANCES[layers[0].get_parameter("weight").dtype]
+    return None if worst <= limit else f"one product's result differs by {worst:.2g} (limit {limit:.2g})"
+
+
+def _model_difference(run: Run, groups: list[list[MergedLinear]]) -> str | None:
+    """Why the model does not take merged parts; None if it computes what it did."""
+    if not groups:
+        return None
+    with _mode(groups, "off"):
+        want = run()
+    try:
+        with _mode(groups, "parts"):
+            got = run()
+    except Exception as error:  # noqa: BLE001  # such as a view that only contiguous results have
+        return f"the model does not take merged results ({_said(error)})"
+    difference = relative_difference(got, want)  # none, but for models whose sums are not repeatable
+    limit = TOLERANCES[groups[0][0].get_parameter("weight").dtype]
+    return None if difference <= limit else f"the model's logits differ by {difference:.2g}"
+
+
+@contextmanager
+def _mode(groups: list[list[MergedLinear]], mode: Mode) -> Iterator[None]:
+    products = [layers[0].merged_product for layers in groups]
+    for product in products:
+        product.mode = mode
+    try:
+        yield
+    finally:
+        for product in products:
+            product.mode = "whole"
+            product.forget()
+
+
+def _part(layers: list[MergedLinear], reason: str, report: MergeReport) -> None:
+    report.dropped[reason] += len(layers)
+    for layer in layers:
+        part_ways(layer)
+
+
+def _part_what_moved(model: nn.Module) -> None:
+    """Undo products whose layers were moved or changed since."""
+    layers = [m for m in model.modules() if isinstance(m, MergedLinear)]
+    moved = {id(m.merged_product) for m in layers if not _is_held(m)}
+    for layer in layers:
+        if id(layer.merged_product) in moved:
+            part_ways(layer)
+
+
+def _is_held(layer: MergedLinear) -> bool:
+    return isinstance(layer, nn.Linear) and layer.merged_product.holds(layer)
+
+
+def _release(copied: int, layers: list[nn.Linear]) -> int:
+    """Give back the memory of weights that became parts, now and then: blocks of their sizes fit no group."""
+    weights = [layer.weight for layer in layers]
+    copied += sum(w.numel() * w.element_size() for w in weights)
+    if weights[0].is_cuda and copied >= _RELEASE_BYTES:
+        torch.cuda.empty_cache()
+        return 0
+    return copied
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

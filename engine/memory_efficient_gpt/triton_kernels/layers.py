@@ -1,0 +1,154 @@
+"""Launches of the small layers' kernels, from tensors on a CUDA device.
+
+Purpose: RMS norms, gated activations and rotary positions for the layers of a fused model.
+Does not know: models, modules, which layers may take them (fusion decides).
+Invariant: no host synchronization, and no allocation but the results' (and copies of inputs with strides that
+no launch takes), so launches can be captured in a CUDA graph once they ran before; sizes of tiles depend on a
+row's size only, so a row alone gives the same bits as among others.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Final
+
+import torch
+import triton
+
+from memory_efficient_gpt.triton_kernels.layer_kernels import gated_kernel, rms_norm_kernel, rotary_kernel
+from memory_efficient_gpt.triton_kernels.row_strides import one_stride, two_strides
+
+NORM_STYLES: Final = ("round_then_scale", "one_plus_weight", "scale_then_round")
+ACTIVATIONS: Final = ("silu", "gelu_tanh", "gelu")
+_NORM_TILE: Final = 512
+_GATED_TILE: Final = 1024
+_ROTARY_TILE: Final = 512
+"""Elements of a program, where a row has fewer."""
+_PER_THREAD: Final = 8
+_MOST_WARPS: Final = 16
+
+
+class TritonKernels:
+    """The kernels of one process; it has no state. Tensors must be on one CUDA device."""
+
+    label: ClassVar[str] = "Triton kernels"
+    device_type: ClassVar[str] = "cuda"
+    dtypes: ClassVar[frozenset[torch.dtype]] = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> TritonKernels:
+        """Itself: there is nothing to copy."""
+        return self
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, style: str = "round_then_scale"
+    ) -> torch.Tensor:
+        """x `[..., D]` over its root mean square, times weight `[D]` (or 1 + weight); contiguous.
+
+        `style` says where the result is rounded. Raises ValueError for other shapes, dtypes or styles.
+        """
+        size = x.shape[-1]
+        same = weight.dtype is x.dtype and weight.device == x.device and weight.shape == (size,)
+        if not same or weight.stride(0) != 1 or style not in NORM_STYLES:
+            raise ValueError(
+                f"rms_norm needs a contiguous weight [{size}] of {x.dtype} and a style of {NORM_STYLES}; "
+                f"got {_describe(weight)} and {style!r}"
+            )
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        rows = out.numel() // size if size else 0
+        if rows == 0:
+            return out
+        x, inner, outer_stride, inner_stride = two_strides(x)
+        block = triton.next_power_of_2(size)
+        rows_of_tile = max(1, _NORM_TILE // block)
+        with _device(x):
+            rms_norm_kernel[(-(-rows // rows_of_tile),)](
+                x, weight, out, rows, inner, outer_stride, inner_stride, eps, D=size, BLOCK=block,
+                R=rows_of_tile, style=style, num_warps=_warps(block * rows_of_tile),
+            )  # fmt: skip
+        return out
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+        """activation(gate) * up for `[..., D]`, rounded to the dtype in between as torch would; contiguous.
+
+        Raises ValueError for tensors that differ, or another activation.
+        """
+        same = gate.shape == up.shape and gate.dtype is up.dtype and gate.device == up.device
+        if not same or activation not in ACTIVATIONS:
+            raise ValueError(
+                f"gated needs two tensors alike and an activation of {ACTIVATIONS}; "
+                f"got {_describe(gate)}, {_describe(up)} and {activation!r}"
+            )
+        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        size = gate.shape[-1]
+        if out.numel() == 0:
+            return out
+        gate, gate_stride = one_stride(gate)
+        up, up_stride = one_stride(up)
+        block = min(_GATED_TILE, triton.next_power_of_2(size))
+        with _device(gate):
+            gated_kernel[(out.numel() // size, -(-size // block))](
+                gate, up, out, gate_stride, up_stride, size, BLOCK=block, activation=activation,
+                num_warps=_warps(block),
+            )  # fmt: skip
+        return out
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """query `[1, Hq, T, D]` and key `[1, Hk, T, D]` turned by cos and sin `[1, T, P]`, P <= D and even.
+
+        Element i of the first half of P turns with element i of the second; products and sums are rounded to
+        the dtype one by one. The results are views of contiguous `[1, T, H, D]`; the rest is copied.
+        Raises ValueError for other shapes or dtypes.
+        """
+        _check_rotary(query, key, cos, sin)
+        tokens, size = query.shape[2:]
+        turned = [
+            torch.empty((1, tokens, x.shape[1], size), dtype=x.dtype, device=x.device) for x in (query, key)
+        ]
+        query, key, cos, sin = (_last_adjacent(x) for x in (query, key, cos, sin))
+        part = cos.shape[2]
+        half = triton.next_power_of_2(part // 2)
+        most_heads = max(query.shape[1], key.shape[1])
+        block = min(triton.next_power_of_2(most_heads), max(1, _ROTARY_TILE // half))
+        if tokens:
+            blocks = -(-query.shape[1] // block) - (-key.shape[1] // block)
+            with _device(query):
+                rotary_kernel[(tokens, blocks)](
+                    query, key, cos, sin, *turned, query.stride(2), query.stride(1), key.stride(2),
+                    key.stride(1), cos.stride(1), sin.stride(1), HQ=query.shape[1], HK=key.shape[1], D=size,
+                    P=part, HALF=half, REST=triton.next_power_of_2(max(1, size - part)), BLOCK=block,
+                    num_warps=_warps(2 * block * half), enable_fp_fusion=False,
+                )  # fmt: skip
+        return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
+
+
+def _check_rotary(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    tensors = (query, key, cos, sin)
+    alike = len({(x.dtype, x.device) for x in tensors}) == 1
+    if alike and query.dim() == key.dim() == 4 and cos.dim() == 3:
+        tokens, size = query.shape[2:]
+        part = cos.shape[2]
+        shapes = query.shape[0] == key.shape[0] == 1 and key.shape[2:] == (tokens, size)
+        if shapes and cos.shape == sin.shape == (1, tokens, part) and 0 < part <= size and part % 2 == 0:
+            return
+    raise ValueError(
+        "rotate needs query and key [1, H, T, D] and cos and sin [1, T, P], P <= D even, of one dtype and "
+        f"device; got {', '.join(map(_describe, tensors))}"
+    )
+
+
+def _last_adjacent(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _warps(elements: int) -> int:
+    """Warps of a program with so many elements, a power of two."""
+    return min(_MOST_WARPS, max(1, elements // (32 * _PER_THREAD)))
+
+
+def _describe(x: torch.Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+
+
+def _device(x: torch.Tensor) -> Any:
+    return torch.cuda.device(x.device)
