@@ -25,6 +25,7 @@ class BlockTables:
         self._allocator = allocator
         self._variant = variant
         self._window = window
+        self._block_size = allocator.block_size
 
     @property
     def num_free(self) -> int:
@@ -33,8 +34,7 @@ class BlockTables:
 
     def missing(self, seq: Sequence, num_tokens: int) -> int:
         """How many blocks must be allocated before `num_tokens` more positions can be computed."""
-        missing = self._num_blocks(seq.num_scheduled + num_tokens) - len(seq.blocks)
-        return missing + (self._shared_write(seq) is not None)
+        return self._uncovered(seq, num_tokens) + (self._shared_write(seq) is not None)
 
     def missing_for_admission(self, seq: Sequence, found: CachedBlocks) -> int:
         """How many free blocks too few there are (0 or less: it fits) for `seq`, one token and its forks."""
@@ -51,7 +51,7 @@ class BlockTables:
             self._allocator.release([copy[0]])
             seq.blocks[shared] = copy[1]
             seq.dirty_from = min(seq.dirty_from, shared)
-        for _ in range(self.missing(seq, num_tokens)):
+        for _ in range(self._uncovered(seq, num_tokens)):
             seq.blocks.append(self._allocator.allocate())
         return copy
 
@@ -107,9 +107,13 @@ class BlockTables:
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._allocator.block_size)
 
+    def _uncovered(self, seq: Sequence, num_tokens: int) -> int:
+        """Blocks beyond those of `seq` that its next positions need."""
+        return max(0, -(-(seq.num_scheduled + num_tokens) // self._block_size) - len(seq.blocks))
+
     def _shared_write(self, seq: Sequence) -> int | None:
         """Index of the block that the next position falls into, if another sequence holds it too."""
-        index = seq.num_scheduled // self._allocator.block_size
+        index = seq.num_scheduled // self._block_size
         if index < len(seq.blocks) and self._allocator.refcount(seq.blocks[index]) > 1:
             return index
         return None

@@ -102,13 +102,12 @@ class Scheduler:
         for position, seq in enumerate(candidates):
             if seq.status is not Status.RUNNING:
                 continue
-            limit = self._chunk_limit(step, prompts=len(candidates) - position - 1)
-            num_tokens = min(seq.num_unscheduled, limit)
+            num_tokens = self._num_tokens(step, seq, prompts=len(candidates) - position - 1)
             if num_tokens <= 0:
                 continue
-            victims = [c for c in candidates[position + 1 :] if c.status is Status.RUNNING]
-            freed = self._make_room(seq, num_tokens, victims)
-            preempted |= freed
+            if self._tables.missing(seq, num_tokens) > self._tables.num_free:
+                victims = [c for c in candidates[position + 1 :] if c.status is Status.RUNNING]
+                preempted |= self._make_room(seq, num_tokens, victims)
             if seq.status is Status.RUNNING:
                 self._schedule(step, seq, num_tokens)
         if not preempted:
@@ -150,6 +149,15 @@ class Scheduler:
             assert len(seq.blocks) * self._allocator.block_size >= seq.num_scheduled
 
     # Planning
+
+    def _num_tokens(self, step: Step, seq: Sequence, *, prompts: int) -> int:
+        """How many of the sequence's next positions the step takes; `prompts`: as for `_chunk_limit`."""
+        wanted = seq.num_unscheduled
+        if (
+            wanted == 1
+        ):  # a decoding sequence needs no share: the limit is never below one while there is room
+            return min(1, self._config.max_batched_tokens - step.num_tokens)
+        return min(wanted, self._chunk_limit(step, prompts=prompts))
 
     def _chunk_limit(self, step: Step, *, prompts: int) -> int:
         """Tokens the next prompt may take, with `prompts` running ones to come after it in this step.

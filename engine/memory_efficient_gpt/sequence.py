@@ -71,7 +71,7 @@ class Sequence:
     @property
     def num_outputs(self) -> int:
         """Output tokens, those in flight included."""
-        return self.total_len - self.prompt_len
+        return len(self.tokens) + self.in_flight - self.prompt_len
 
     @property
     def wanted_prompt_logprobs(self) -> int | None:
@@ -83,7 +83,7 @@ class Sequence:
     @property
     def num_unscheduled(self) -> int:
         """Positions that still have to be computed before the next token can be sampled."""
-        return self.total_len - self.num_scheduled
+        return len(self.tokens) + self.in_flight - self.num_scheduled
 
     @property
     def decoding(self) -> bool:
