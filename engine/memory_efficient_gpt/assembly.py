@@ -201,7 +201,7 @@ def build(
     if device.type == "cuda":
         obstacle = runner.check_graphs(_vocab_size(model))
         notes = (*notes, "CUDA graphs" if obstacle is None else f"no CUDA graphs: {obstacle}")
-    info = _info(model, decision, name, device, max_len, eos, backend, pool, notes)
+    info = _info(model, decision, name, device, max_len, eos, backend, pool, notes, config.prefix_cache)
     scheduler_config = SchedulerConfig(
         max_num_seqs=config.max_num_seqs,
         max_batched_tokens=config.max_batched_tokens,
@@ -262,6 +262,7 @@ def _info(
     backend: AttentionBackend | None,
     pool: KVPool | None,
     notes: tuple[str, ...],
+    prefix_cache: bool = False,
 ) -> EngineInfo:
     scheme = main_scheme(model)
     return EngineInfo(
@@ -281,6 +282,7 @@ def _info(
         kv_cache_bytes=pool.num_bytes if pool else 0,
         attention_backend=backend.name if backend else "transformers",
         quantization=str(scheme) if scheme is not None else None,
+        prefix_cache=prefix_cache,
         notes=tuple(note for note in notes if note),
     )
 

@@ -47,24 +47,26 @@ class BlockTables:
         copy = None
         shared = self._shared_write(seq)
         if shared is not None:
-            copy = seq.blocks[shared], self._allocator.allocate()
-            self._allocator.release([copy[0]])
+            copy = seq.blocks[shared], self._allocate(seq)
+            self._release(seq, [copy[0]])
             seq.blocks[shared] = copy[1]
             seq.dirty_from = min(seq.dirty_from, shared)
         for _ in range(self._uncovered(seq, num_tokens)):
-            seq.blocks.append(self._allocator.allocate())
+            seq.blocks.append(self._allocate(seq))
         return copy
 
     def reserve_prompt(self, seq: Sequence) -> None:
         """Take all of the prompt's blocks at once, so that prompts never starve each other halfway."""
         for _ in range(self._num_blocks(seq.total_len) - len(seq.blocks)):
-            seq.blocks.append(self._allocator.allocate())
+            seq.blocks.append(self._allocate(seq))
 
     def share(self, leader: Sequence, sibling: Sequence) -> None:
         """Let `sibling` begin with all that `leader` has computed."""
-        for block in leader.blocks:
-            if block != TRASH_BLOCK:
-                self._allocator.share(block)
+        shared = [block for block in leader.blocks if block != TRASH_BLOCK]
+        for block in shared:
+            self._allocator.share(block)
+        if sibling.meter is not None:
+            sibling.meter.take(shared)
         sibling.blocks = list(leader.blocks)
         sibling.block_keys = list(leader.block_keys)
         sibling.dirty_from = 0
@@ -87,6 +89,8 @@ class BlockTables:
             self._allocator.share(block)
             seq.blocks.append(block)
             seq.block_keys.append(key)
+        if seq.meter is not None:
+            seq.meter.take([block for block, _ in found])
         return len(found) * self._allocator.block_size
 
     def committed(self, seq: Sequence) -> None:
@@ -101,8 +105,19 @@ class BlockTables:
 
     def release(self, seq: Sequence) -> None:
         """Take all blocks from `seq`."""
-        self._allocator.release(seq.blocks)
+        self._release(seq, seq.blocks)
         seq.drop_kv()
+
+    def _allocate(self, seq: Sequence) -> int:
+        block = self._allocator.allocate()
+        if seq.meter is not None:
+            seq.meter.take((block,))
+        return block
+
+    def _release(self, seq: Sequence, blocks: list[int]) -> None:
+        self._allocator.release(blocks)
+        if seq.meter is not None:
+            seq.meter.give([block for block in blocks if block != TRASH_BLOCK])
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._allocator.block_size)
@@ -137,6 +152,6 @@ class BlockTables:
         for index in range(max(0, (seq.num_committed - window + 1) // size) - 1, -1, -1):
             if seq.blocks[index] == TRASH_BLOCK:
                 break
-            self._allocator.release([seq.blocks[index]])
+            self._release(seq, [seq.blocks[index]])
             seq.blocks[index] = TRASH_BLOCK
             seq.dirty_from = min(seq.dirty_from, index)

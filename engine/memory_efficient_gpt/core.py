@@ -25,6 +25,7 @@ from memory_efficient_gpt.errors import (
     InvalidRequestError,
     SamplingFailedError,
 )
+from memory_efficient_gpt.kv_meter import KvMeter
 from memory_efficient_gpt.request import FinishReason, Request, SequenceEvent
 from memory_efficient_gpt.scheduler import Scheduler
 from memory_efficient_gpt.sequence import Sequence, Step
@@ -49,6 +50,9 @@ class Engine:
         self._scheduler = Scheduler(parts.scheduler_config, parts.allocator, self._is_stop)
         self._pending: deque[tuple[Step, PendingStep]] = deque()
         self._eos = frozenset(self.info.eos_token_ids)
+        self._block_bytes = self.info.kv_cache_bytes // (
+            self.info.num_kv_blocks + 1
+        )  # the trash block is one
         self._arrivals = 0
         self._random = random.SystemRandom()
         self._closed = False
@@ -89,12 +93,15 @@ class Engine:
         max_len = self.info.max_model_len
         if params.max_tokens is not None:
             max_len = min(max_len, len(request.prompt_token_ids) + params.max_tokens)
+        meter = None
+        if request.metered:
+            meter = KvMeter(self._block_bytes, resumed=bool(request.resumed_token_ids))
         sequences = []
         for index in request.open_indices:
             self._arrivals += 1
             mixed = (seed + index * _SEED_STRIDE) % 2**64
             tokens = [*request.prompt_token_ids, *request.tokens_before(index)]
-            sequences.append(Sequence(request, index, mixed, max_len, tokens, self._arrivals))
+            sequences.append(Sequence(request, index, mixed, max_len, tokens, self._arrivals, meter=meter))
         self._scheduler.add(sequences)
 
     def abort(self, request_id: str, index: int | None = None) -> None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 class EngineInfo:
     """A loaded model. Sizes in bytes; `tier` and `tier_reason` say how it is run and why.
 
-    quantization: scheme of most weights; None if they are stored in `dtype`.
+    quantization: scheme of most weights; None if they are stored in `dtype`. prefix_cache: whether prompts
+    that begin alike can share KV blocks.
     """
 
     model: str
@@ -33,6 +34,7 @@ class EngineInfo:
     kv_cache_bytes: int
     attention_backend: str
     quantization: str | None = None
+    prefix_cache: bool = True
     notes: tuple[str, ...] = ()
 
 

@@ -7,10 +7,10 @@ Invariant: bytes become well-typed messages or FrameError, nothing else.
     frame    = length of the body (4 bytes, big endian) + body
     body     = msgpack [kind, field, ...]
     event    = [request_id, index, token_ids, num_cached_tokens] and, only when there is more to say,
-               [..., finish_reason, stop_token_id, logprobs, prompt_logprobs, error]
+               [..., finish_reason, stop_token_id, logprobs, prompt_logprobs, error, cost]
     logprob  = [token_id, logprob, [[token_id, logprob], ...]]
     error    = [code, message, param, retry_after_s]
-    request, info, stats = maps (see wire.py)
+    request, info, stats, cost = maps (see wire.py)
 
 Token events dominate: an event is a short array, and one frame carries all events of a step.
 """
@@ -28,7 +28,7 @@ import msgpack
 from memory_efficient_gpt import errors
 from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
 from memory_efficient_gpt.errors import ConfigError, EngineFailedError, MegptError, OverloadedError
-from memory_efficient_gpt.request import FinishReason, Request, SequenceEvent, TokenLogprob
+from memory_efficient_gpt.request import Cost, FinishReason, Request, SequenceEvent, TokenLogprob
 from memory_efficient_gpt.wire import (
     Convert,
     FrameError,
@@ -206,29 +206,33 @@ def _to_wire(value: Any) -> Any:
     return _pack_error(value) if isinstance(value, MegptError) else value
 
 
-_NOTHING_MORE: Final = (None,) * 5
+_NOTHING_MORE: Final = (None,) * 6
 
 
 def _pack_event(event: SequenceEvent) -> list[Any]:
     packed = [event.request_id, event.index, event.token_ids, event.num_cached_tokens]
-    rest = (event.finish_reason, event.stop_token_id, event.logprobs, event.prompt_logprobs, event.error)
+    rest = (
+        event.finish_reason, event.stop_token_id, event.logprobs, event.prompt_logprobs,
+        event.error, event.cost,
+    )  # fmt: skip
     if rest != _NOTHING_MORE:
         packed += rest[:2]
         packed += (_pack_logprobs(event.logprobs), _pack_logprobs(event.prompt_logprobs))
         packed.append(None if event.error is None else _pack_error(event.error))
+        packed.append(None if event.cost is None else pack_record(event.cost))
     return packed
 
 
 def _unpack_event(raw: object) -> SequenceEvent:
-    if type(raw) is not list or len(raw) not in (4, 9):
-        raise FrameError("an event must be an array of 4 or 9.")
+    if type(raw) is not list or len(raw) not in (4, 10):
+        raise FrameError("an event must be an array of 4 or 10.")
     token_ids = raw[2]
     if type(token_ids) is not list or any(type(token_id) is not int for token_id in token_ids):
         raise FrameError("an event's tokens must be an array of integers.")
     event = SequenceEvent(
         request_id=as_str(raw[0]), index=as_int(raw[1]), token_ids=token_ids, num_cached_tokens=as_int(raw[3])
     )
-    if len(raw) == 9:
+    if len(raw) == 10:
         event.finish_reason = _unpack_finish_reason(raw[4])
         event.stop_token_id = None if raw[5] is None else as_int(raw[5])
         event.logprobs = None if raw[6] is None else [_unpack_logprob(entry) for entry in as_list(raw[6])]
@@ -236,6 +240,7 @@ def _unpack_event(raw: object) -> SequenceEvent:
             None if raw[7] is None else list(map(optional(_unpack_logprob), as_list(raw[7])))
         )
         event.error = None if raw[8] is None else _unpack_error(raw[8])
+        event.cost = None if raw[9] is None else unpack_record(Cost, raw[9])
     return event
 
 

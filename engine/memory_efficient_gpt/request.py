@@ -8,7 +8,7 @@ Invariant: `SamplingParams` is immutable and, once `validate`d, safe for every l
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Final
 
@@ -204,6 +204,7 @@ class Request:
     `resumed_token_ids` continues what another engine began: empty for a new request, else for each of the
     n sequences the tokens it has generated already, None for one that has ended. Those tokens count as
     output in every respect (max_tokens, penalties, seeds, ...) but are not given again.
+    `metered`: whether its events tell what it has cost.
     """
 
     id: str
@@ -214,6 +215,7 @@ class Request:
     adapter: str | None = None
     use_prefix_cache: bool = True
     resumed_token_ids: tuple[tuple[int, ...] | None, ...] = ()
+    metered: bool = False
 
     @property
     def open_indices(self) -> tuple[int, ...]:
@@ -235,6 +237,33 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a request has cost its engine so far, all its sequences together.
+
+    queue_s: from its submission until it was first computed. kv_peak_bytes: the most KV memory it held at a
+    time; kv_byte_seconds: its KV memory over time; both None where the engine does not hold that memory.
+    resumed: another engine began the request; what it cost there is only in here as far as `after` added it.
+    """
+
+    queue_s: float
+    kv_peak_bytes: int | None = None
+    kv_byte_seconds: float | None = None
+    resumed: bool = False
+
+    def after(self, earlier: Cost | None) -> Cost:
+        """This and what the engine before had told; None: it had told nothing."""
+        if earlier is None:
+            return replace(self, resumed=True)
+        peak, byte_s = self.kv_peak_bytes, self.kv_byte_seconds
+        return Cost(
+            queue_s=earlier.queue_s + self.queue_s,
+            kv_peak_bytes=None if peak is None else max(peak, earlier.kv_peak_bytes or 0),
+            kv_byte_seconds=None if byte_s is None else byte_s + (earlier.kv_byte_seconds or 0.0),
+            resumed=True,
+        )
+
+
 @dataclass(slots=True, kw_only=True)
 class SequenceEvent:
     """News of one sequence of a request; `index` counts the request's n sequences from 0.
@@ -243,7 +272,7 @@ class SequenceEvent:
     (end-of-sequence or a stop token id) is not among them; it is in `stop_token_id`.
     `logprobs` has one entry for each of `token_ids` when asked for; `prompt_logprobs` comes once,
     with index 0, and has None for the first prompt token. `num_cached_tokens` is how many prompt
-    tokens came from the prefix cache.
+    tokens came from the prefix cache. `cost`: of the whole request up to this event, if it is metered.
     """
 
     request_id: str
@@ -255,3 +284,4 @@ class SequenceEvent:
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
     error: MegptError | None = None
+    cost: Cost | None = None

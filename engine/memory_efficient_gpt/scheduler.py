@@ -124,7 +124,10 @@ class Scheduler:
             if seq.status is Status.FINISHED:
                 continue
             seq.in_flight -= 1
-            events.append(self._commit_token(seq, number, outcome))
+            event = self._commit_token(seq, number, outcome)
+            if seq.meter is not None:
+                event.cost = seq.meter.cost()
+            events.append(event)
         return events
 
     def snapshot(self) -> EngineStats:
@@ -217,6 +220,8 @@ class Scheduler:
         seq.status = Status.RUNNING
         seq.slot = self._free_slots.pop()
         self._running.append(seq)
+        if seq.meter is not None:
+            seq.meter.started()
 
     def _admit(self, step: Step) -> None:
         while (seq := self._waiting.peek()) is not None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from memory_efficient_gpt.kv_meter import KvMeter
 from memory_efficient_gpt.request import Request, TokenLogprob
 
 
@@ -35,7 +36,7 @@ class Sequence:
     `slot` is its row in the runner's tables while RUNNING. `epoch` grows whenever its KV is dropped,
     so that a step planned before is recognised as stale. `dirty_from` is the first entry of `blocks`
     that the runner has not seen. `block_keys` are the prefix-cache keys of its leading full blocks.
-    `distinct_prompt` is filled in when a penalty first needs it.
+    `distinct_prompt` is filled in when a penalty first needs it. `meter` is its request's, if any.
     """
 
     request: Request
@@ -57,6 +58,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     siblings: tuple[Sequence, ...] = ()
     distinct_prompt: tuple[int, ...] | None = None
+    meter: KvMeter | None = None
 
     @property
     def prompt_len(self) -> int:

@@ -12,18 +12,23 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from memory_efficient_gpt_server.schemas import StrictModel
+from memory_efficient_gpt_server.schemas import LoadOptions, StrictModel
 
 
 class LoadBody(StrictModel):
-    """Body of POST /admin/models/{id}/load. wait: whether the answer waits until the model is ready."""
+    """Body of POST /admin/models/{id}/load. wait: whether the answer waits until the model is ready.
 
+    optimizations: the variant, as requests choose it; None: the model as configured. So in all these bodies.
+    """
+
+    optimizations: LoadOptions | None = None
     wait: bool = False
 
 
 class UnloadBody(StrictModel):
     """Body of POST /admin/models/{id}/unload. deadline_s: for drain, seconds until requests are cut."""
 
+    optimizations: LoadOptions | None = None
     mode: Literal["drain", "abort", "if_idle"] = "drain"
     deadline_s: float | None = Field(None, ge=0)
     wait: bool = False
@@ -40,3 +45,4 @@ class PlanBody(StrictModel):
     """Body of POST /admin/plan."""
 
     model: str
+    optimizations: LoadOptions | None = None

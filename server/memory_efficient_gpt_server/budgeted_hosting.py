@@ -12,22 +12,24 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from memory_efficient_gpt.config import EngineConfig
+from memory_efficient_gpt.config import EngineConfig, KVCacheDtype
 from memory_efficient_gpt.errors import CheckpointError, ConfigError
-from memory_efficient_gpt.loading import resolve_model
+from memory_efficient_gpt.loading import quantization_settings, resolve_model
 from memory_efficient_gpt.tokenizer import Tokenizer
 from memory_efficient_gpt_server.generation_defaults import generation_defaults
 from memory_efficient_gpt_server.model_settings import ModelSettings
 from memory_efficient_gpt_server.models import ModelCatalog, ServedModel
+from memory_efficient_gpt_server.registry.choice import Choices
 from memory_efficient_gpt_server.registry.hosted import HostedModel, Provision
 from memory_efficient_gpt_server.registry.ledger import Budget
 from memory_efficient_gpt_server.registry.owner import Registry
 from memory_efficient_gpt_server.registry.records import Policy
-from memory_efficient_gpt_server.registry.sizing import compute_device, sized
+from memory_efficient_gpt_server.registry.sizing import UNQUANTIZED, compute_device, facts_of_config, sized
 from memory_efficient_gpt_server.registry.variants import HOST, ModelEntry, VariantKey, per_device
 from memory_efficient_gpt_server.workers import WorkerModel
 
@@ -47,15 +49,14 @@ def budgeted_catalog(
     hosted = [
         HostedModel(
             _entry(model),
-            VariantKey(
-                model.id, model.quantization, model.kv_cache_dtype, model.max_model_len, model.dtype,
-                model.revision,
-            ),
-            cache(partial(_provide, config, budget_bytes, model.id, worker_log_level, worker_log_json)),
+            VariantKey(model.id),
+            cache(partial(_provide, config, budget_bytes, worker_log_level, worker_log_json)),
             at_start=model.load == "start",
+            choices=_choices(model, folders[model.id]),
         )
         for model, config in chosen
-    ]  # fmt: skip
+    ]
+    _require_choosable(hosted)
     budgets = _budgets(chosen, budget_bytes)
     _require_room(hosted, budgets)
     registry = Registry(hosted, budgets, policy)
@@ -66,6 +67,7 @@ def _entry(model: ModelSettings) -> ModelEntry:
     return ModelEntry(
         id=model.id,
         source=model.model,
+        aliases=model.aliases,
         pinned=model.pinned,
         ttl_s=model.ttl_s,
         min_residency_s=model.min_residency_s,
@@ -73,10 +75,42 @@ def _entry(model: ModelSettings) -> ModelEntry:
     )
 
 
-def _provide(config: EngineConfig, budget_bytes: int, name: str, log_level: str, log_json: bool) -> Provision:
+def _choices(model: ModelSettings, folder: Path) -> Choices:
+    fixed = quantization_settings(folder) is not None
+    if model.variants == "any":
+        return Choices(any=True, weights_fixed=fixed)
+    listed = [VariantKey(model.id, v.quantization, v.kv_cache_dtype) for v in model.variants]
+    return Choices(tuple(listed), weights_fixed=fixed)
+
+
+def _require_choosable(hosted: Sequence[HostedModel]) -> None:
+    """Raises ConfigError for variants that no request could ever get."""
+    problems = [
+        f"model {model.id} lists the variant {key.quantization}, but its checkpoint is quantized already; "
+        "list kv_cache_dtype only, or give the checkpoint it was made from."
+        for model in hosted
+        for key in model.choices.listed
+        if model.choices.weights_fixed and key.quantization is not None
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _provide(
+    config: EngineConfig, budget_bytes: int, log_level: str, log_json: bool, key: VariantKey
+) -> Provision:
+    if key.quantization is not None:
+        config = replace(config, quantization=None if key.quantization == UNQUANTIZED else key.quantization)
+    if key.kv_cache_dtype != "auto":
+        config = replace(config, kv_cache_dtype=cast("KVCacheDtype", key.kv_cache_dtype))
+    name = str(key)
     final, estimate = sized(config, budget_bytes)
     logger.info("%s would take %s bytes.", name, f"{sum(a.bytes for a in estimate.awake()):,}")
-    return Provision(estimate, lambda: WorkerModel(final, name=name, log_level=log_level, log_json=log_json))
+    return Provision(
+        estimate,
+        lambda: WorkerModel(final, name=name, log_level=log_level, log_json=log_json),
+        facts_of_config(final),
+    )
 
 
 def _served(model: ModelSettings, folder: Path, registry: Registry) -> ServedModel:
@@ -87,6 +121,7 @@ def _served(model: ModelSettings, folder: Path, registry: Registry) -> ServedMod
         generation_defaults=generation_defaults(folder),
         registry=registry,
         config_vocab_size=_vocab_size(folder),
+        aliases=model.aliases,
     )
 
 
@@ -113,7 +148,7 @@ def _budgets(chosen: Sequence[tuple[ModelSettings, EngineConfig]], budget_bytes:
 def _require_room(hosted: Sequence[HostedModel], budgets: dict[str, Budget]) -> None:
     """Raises ConfigError if what is to be loaded at start doesn't fit together."""
     first = [model for model in hosted if model.at_start]
-    needed = per_device([amount for m in first for amount in m.provide().estimate.awake()])
+    needed = per_device([amount for m in first for amount in m.provide(m.key).estimate.awake()])
     problems = [
         f"the models with load: start ({', '.join(model.id for model in first)}) take {size:,} bytes of "
         f"{device} together; memory_budget_bytes is {budgets[device].total_bytes:,}. Raise it, or set load: "

@@ -90,3 +90,4 @@ def _merge(earlier: SequenceEvent, later: SequenceEvent) -> None:
     earlier.finish_reason = later.finish_reason
     earlier.stop_token_id = later.stop_token_id
     earlier.error = later.error
+    earlier.cost = later.cost or earlier.cost

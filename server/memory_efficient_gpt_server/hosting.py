@@ -65,4 +65,5 @@ def _served(model: ModelSettings, config: EngineConfig, log_level: str, log_json
         engine=WorkerModel(config, name=model.id, log_level=log_level, log_json=log_json),
         tokenizer_source=Tokenizer.load(folder),
         generation_defaults=generation_defaults(folder),
+        aliases=model.aliases,
     )

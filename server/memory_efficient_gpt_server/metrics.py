@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from memory_efficient_gpt.engine_info import EngineStats
 from memory_efficient_gpt_server.admission import Admission
+from memory_efficient_gpt_server.counters import total
 from memory_efficient_gpt_server.histogram import Histogram
 from memory_efficient_gpt_server.models import ModelCatalog
 from memory_efficient_gpt_server.registry_metrics import registry_metrics
@@ -134,13 +135,13 @@ class Metrics(Collector):
         for name, text, read in _ENGINE_GAUGES:
             gauge = GaugeMetricFamily(f"megpt_{name}", text, labels=["model_name"])
             for model in self._catalog:
-                gauge.add_metric([model.id], read(model.engine.stats))
+                gauge.add_metric([model.id], read(total(engine.stats for engine in model.engines)))
             yield gauge
         for name, text, read in _ENGINE_COUNTERS:
             counter = CounterMetricFamily(f"megpt_{name}", text, labels=["model_name"])
             for model in self._catalog:
-                engine = model.engine  # restarts must not make a counter fall
-                counter.add_metric([model.id], read(engine.ended_stats) + read(engine.stats))
+                lives = [stats for e in model.engines for stats in (e.ended_stats, e.stats)]
+                counter.add_metric([model.id], read(total(lives)))  # restarts must not make it fall
             yield counter
 
     def _finished(self) -> Metric:

@@ -17,9 +17,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from memory_efficient_gpt.config import Dtype, EngineConfig, KVCacheDtype
 from memory_efficient_gpt.errors import ConfigError
 from memory_efficient_gpt.quantization.scheme import parse_scheme
+from memory_efficient_gpt_server.variant_settings import Variants
 
-LIFECYCLE_FIELDS: Final = ("load", "pinned", "ttl_s", "min_residency_s", "priority")
-"""Fields of a model that say when it is loaded and how long it stays."""
+LIFECYCLE_FIELDS: Final = ("load", "pinned", "ttl_s", "min_residency_s", "priority", "variants")
+"""Fields of a model that say when and in which variants it is loaded, and how long it stays."""
 
 LoadTime = Literal["start", "on_demand"]
 
@@ -41,6 +42,9 @@ class ModelSettings(BaseModel):
 
     id: Annotated[str, AfterValidator(_checked_id)] = Field(
         "", description="name in the API; empty takes the last part of `model`"
+    )
+    aliases: tuple[Annotated[str, AfterValidator(_checked_id)], ...] = Field(
+        (), description="other names for it that requests may use"
     )
     model: str = Field(
         min_length=1, description="bundled model's name, checkpoint folder, or hub id (org/name)"
@@ -88,6 +92,10 @@ class ModelSettings(BaseModel):
     priority: int = Field(
         0, description="greater ones load first and are unloaded last (needs memory_budget_bytes)"
     )
+    variants: Variants = Field(
+        (),
+        description="what requests may choose instead: schemes, mappings, or any (needs memory_budget_bytes)",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -111,7 +119,7 @@ class ModelSettings(BaseModel):
 
     def engine_config(self) -> EngineConfig:
         """The engine's view of this."""
-        return EngineConfig(**self.model_dump(exclude={"id", *LIFECYCLE_FIELDS}))
+        return EngineConfig(**self.model_dump(exclude={"id", "aliases", *LIFECYCLE_FIELDS}))
 
 
 def models_in(folder: Path, load: LoadTime, problems: list[str]) -> list[ModelSettings]:

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
-from memory_efficient_gpt.errors import ModelLoadError, ModelNotFoundError
+from memory_efficient_gpt.errors import ModelNotFoundError
 from memory_efficient_gpt.request import Request, SequenceEvent
-from memory_efficient_gpt_server.errors import DrainingError, ModelLoadingError
+from memory_efficient_gpt_server.served_variant import ServedVariant, takes_requests
 
 if TYPE_CHECKING:
     from memory_efficient_gpt.tokenizer import Tokenizer
+    from memory_efficient_gpt_server.registry.choice import Wish
     from memory_efficient_gpt_server.registry.owner import Registry
+    from memory_efficient_gpt_server.registry.variants import VariantKey
 
 
 class SequenceEvents(Protocol):
@@ -83,8 +85,19 @@ class ModelRegistry(Protocol):
     async def close(self, drain_s: float = 0.0) -> None:
         """End every engine."""
 
-    def lease(self, name: str, wait_s: float | None = None) -> AbstractAsyncContextManager[ModelEngine]:
-        """Inside, the model is loaded. Entering it waits for that; raises MegptError."""
+    async def choose(self, name: str, wish: Wish) -> VariantKey:
+        """The variant of a model that does what is wished for. Raises MegptError."""
+
+    def engine(self, name: str | VariantKey) -> ModelEngine:
+        """A model's engine as configured, or a variant's; loaded or not."""
+
+    def engines(self, model_id: str) -> Sequence[ModelEngine]:
+        """Those of all variants of a model that were ever used; the first is that of the configured one."""
+
+    def lease(
+        self, name: str | VariantKey, wait_s: float | None = None
+    ) -> AbstractAsyncContextManager[ModelEngine]:
+        """Inside, the variant is loaded. Entering it waits for that; raises MegptError."""
 
     def needs(self, model_id: str) -> bool:
         """Whether the server is not ready for want of this model."""
@@ -92,12 +105,13 @@ class ModelRegistry(Protocol):
 
 @dataclass(slots=True)
 class ServedModel:
-    """A model as the API offers it.
+    """A model as the API offers it. `engine` serves it as it is configured.
 
     tokenizer_source: the tokenizer, or what loads it once it is needed. generation_defaults: sampling fields
     from the checkpoint's generation_config.json, used when a request leaves the field out. created: Unix time
     in seconds. registry: loads it on demand; None: it is loaded at start and stays. config_vocab_size: of the
-    checkpoint, for as long as no engine has told its own; only needed with a registry.
+    checkpoint, for as long as no engine has told its own; only needed with a registry. aliases: other names
+    that requests may use.
     """
 
     id: str
@@ -107,6 +121,7 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     registry: ModelRegistry | None = None
     config_vocab_size: int = 0
+    aliases: tuple[str, ...] = ()
     _preparing: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False, compare=False)
 
     @property
@@ -117,9 +132,14 @@ class ServedModel:
         return self.tokenizer_source
 
     @property
+    def engines(self) -> Sequence[ModelEngine]:
+        """Of all its variants, that of the configured one first."""
+        return (self.engine,) if self.registry is None else self.registry.engines(self.id)
+
+    @property
     def ready(self) -> bool:
-        """Whether a request submitted now would be computed."""
-        return self.engine.state == "ready" and not self.engine.stalled
+        """Whether a request submitted now would be computed, at least by one of its variants."""
+        return any(takes_requests(engine) for engine in self.engines)
 
     @property
     def vocab_size(self) -> int:
@@ -132,45 +152,29 @@ class ServedModel:
         All who ask meanwhile share one load. A model under a registry takes requests at any time.
         """
         if self.registry is None:
-            self.require_ready()
+            self.as_configured.require_ready()
         async with self._preparing:
             if callable(self.tokenizer_source):
                 self.tokenizer_source = await asyncio.to_thread(self.tokenizer_source)
 
-    @asynccontextmanager
-    async def lease(self) -> AsyncIterator[EngineInfo]:
-        """The loaded model's facts, and it stays loaded inside. Raises as `require_ready`, or the registry's
-        errors."""
-        if self.registry is None:
-            yield self.require_ready()
-            return
-        async with self.registry.lease(self.id):
-            yield self.require_ready()
+    @property
+    def as_configured(self) -> ServedVariant:
+        """What a request gets that asks for nothing special."""
+        return ServedVariant(self.id, self.engine, self.registry)
 
-    def require_warm(self) -> None:
-        """Raise ModelLoadingError or ModelLoadError unless it is ready; nothing is loaded."""
-        if self.registry is not None and not self.ready and self.engine.state != "failed":
-            raise ModelLoadingError(
-                f"Model {self.id} is {self.engine.state}, and on_cold is fail. "
-                "Leave on_cold out to wait for it."
-            )
-        self.require_ready()
-
-    def require_ready(self) -> EngineInfo:
-        """The loaded model's facts. Raises OverloadedError or ModelLoadError if it takes no requests."""
-        engine = self.engine
-        if engine.state == "ready" and engine.info is not None:
-            return engine.info
-        if engine.state == "loading":
-            raise ModelLoadingError(f"Model {self.id} is loading. Try again in a few seconds.")
-        if engine.state == "failed":
-            raise ModelLoadError(f"Model {self.id} could not be loaded; GET /v1/models/{self.id} says why.")
-        raise DrainingError("The server is shutting down. Try again later.")
+    async def choose(self, wish: Wish) -> ServedVariant:
+        """The variant that does what is wished for; without a registry there is one. Raises MegptError."""
+        if self.registry is None or not wish:
+            return self.as_configured
+        key = await self.registry.choose(self.id, wish)
+        return ServedVariant(self.id, self.registry.engine(key), self.registry, key)
 
     def why_not_ready(self) -> str | None:
         """One sentence for a health check, or None if it is ready. Tells no paths."""
+        if any(engine.state == "ready" and engine.stalled for engine in self.engines):
+            return f"model {self.id} has work but makes no step"
         if self.engine.state == "ready":
-            return f"model {self.id} has work but makes no step" if self.engine.stalled else None
+            return None
         if self.registry is not None and not self.registry.needs(self.id):
             return None
         return f"model {self.id} is {self.engine.state}"
@@ -182,10 +186,12 @@ class ModelCatalog:
     def __init__(self, models: Iterable[ServedModel], registry: Registry | None = None) -> None:
         self.registry = registry
         self._models: dict[str, ServedModel] = {}
+        self._by_alias: dict[str, ServedModel] = {}
         for model in models:
             if model.id in self._models:
                 raise ValueError(f"two models have the id {model.id!r}")
             self._models[model.id] = model
+            self._by_alias |= dict.fromkeys(model.aliases, model)
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())
@@ -193,15 +199,13 @@ class ModelCatalog:
     def __len__(self) -> int:
         return len(self._models)
 
-    def get(self, model_id: str) -> ServedModel:
-        """The model of that id. Raises ModelNotFoundError."""
-        try:
-            return self._models[model_id]
-        except KeyError:
+    def get(self, name: str) -> ServedModel:
+        """The model of that id or alias. Raises ModelNotFoundError."""
+        model = self._models.get(name) or self._by_alias.get(name)
+        if model is None:
             known = ", ".join(sorted(self._models)) or "none"
-            raise ModelNotFoundError(
-                f"There is no model {model_id[:80]!r} here. Models: {known}.", param="model"
-            ) from None
+            raise ModelNotFoundError(f"There is no model {name[:80]!r} here. Models: {known}.", param="model")
+        return model
 
     def start(self) -> None:
         """Begin to load every model, or those that the registry loads at start."""

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Final
 
 from memory_efficient_gpt.errors import EngineFailedError, MegptError
-from memory_efficient_gpt.request import Request, SequenceEvent
+from memory_efficient_gpt.request import Cost, Request, SequenceEvent
 from memory_efficient_gpt_server.event_stream import EventStream
 
 SEED_BITS: Final = 63
@@ -36,12 +36,17 @@ class OpenRequest:
         self.request = request
         self.stream = stream
         self._token_ids: list[list[int]] = [[] for _ in range(params.n)]
+        self._cost_before: Cost | None = None
         self.crashed = False
 
     def put(self, event: SequenceEvent) -> None:
         """Give news to the stream, and keep its tokens; news of a sequence that has ended is dropped."""
         if self.stream.is_open(event.index):
             self._token_ids[event.index] += event.token_ids
+            if event.cost is not None and self.crashed:
+                event.cost = event.cost.after(self._cost_before)
+            elif event.cost is not None:
+                self._cost_before = event.cost
             self.stream.put(event)
 
     def resumed(self) -> Request:

@@ -2,8 +2,9 @@
 
 Purpose: states, loads, evictions, queue and bytes of models that are loaded on demand.
 Does not know: how any of it comes about.
-Invariant: only ids of registered models become labels; every model has exactly one state, and every counter
-from the start (a counter that begins with 1 has no increase).
+Invariant: only ids of registered models become labels, as clients can choose many variants: these are added
+up; every model has exactly one state, and every counter from the start (a counter that begins with 1 has no
+increase).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from prometheus_client.metrics_core import Metric
 
 from memory_efficient_gpt_server.registry.effects import UnloadReason
 from memory_efficient_gpt_server.registry.owner import Registry
-from memory_efficient_gpt_server.registry.states import State
+from memory_efficient_gpt_server.registry.records import VariantRecord
+from memory_efficient_gpt_server.registry.states import LIVELIEST_FIRST, State
 
 _EVICTIONS: Final = (UnloadReason.BUDGET, UnloadReason.OVERCOMMIT, UnloadReason.TTL, UnloadReason.ADMIN)
 _LOAD_RESULTS: Final = ("success", "failure")
@@ -38,14 +40,20 @@ def registry_metrics(registry: Registry) -> Iterator[Metric]:
 
 def _states(registry: Registry) -> Metric:
     family = GaugeMetricFamily(
-        "megpt_model_state", "1 for the state the model is in, else 0.", labels=["model_name", "state"]
+        "megpt_model_state",
+        "1 for the state of the model's liveliest variant, else 0.",
+        labels=["model_name", "state"],
     )
     for model_id in registry.models:
-        record = registry.record(model_id)
-        present = State.UNLOADED if record is None else record.state
+        states = {record.state for record in _records(registry, model_id)} | {State.UNLOADED}
+        present = next(state for state in LIVELIEST_FIRST if state in states)
         for state in State:
             family.add_metric([model_id, state], float(state is present))
     return family
+
+
+def _records(registry: Registry, model_id: str) -> list[VariantRecord]:
+    return [record for key, record in registry.state.records.items() if key.model_id == model_id]
 
 
 def _loads(registry: Registry) -> Iterator[Metric]:
@@ -80,8 +88,7 @@ def _leases(registry: Registry) -> Metric:
         "megpt_model_leases", "Requests that keep a model loaded.", labels=["model_name"]
     )
     for model_id in registry.models:
-        record = registry.record(model_id)
-        family.add_metric([model_id], 0 if record is None else len(record.leases))
+        family.add_metric([model_id], sum(len(record.leases) for record in _records(registry, model_id)))
     return family
 
 

@@ -147,13 +147,19 @@ class StreamOptions(StrictModel):
     include_obfuscation: Annotated[None, Refused("chunks are not padded.", False)] = None
 
 
-class Optimizations(StrictModel):
-    """How a request shall be computed. `auto` and what is left out leave it to the model."""
+class LoadOptions(StrictModel):
+    """What decides how a model is loaded. `auto` and what is left out leave it to the model."""
 
     quantization: str | None = None
     kv_cache_dtype: str | None = None
+
+
+class Optimizations(LoadOptions):
+    """How a request shall be computed. receipt: whether the answer tells what was done and what it cost."""
+
     attention: Literal["auto", "flash", "sdpa", "lsh"] | None = None
     prefix_cache: bool | None = None
+    receipt: bool | None = None
 
 
 class GenerationBody(StrictModel):
@@ -205,6 +211,18 @@ class GenerationBody(StrictModel):
         """Whether blocks computed before may be reused; so unless either field says no."""
         wanted = self.optimizations.prefix_cache if self.optimizations is not None else None
         return self.prefix_cache is not False and wanted is not False
+
+    @property
+    def prefix_cache_field(self) -> str | None:
+        """The field that asks for the prefix cache, if one does."""
+        if self.optimizations is not None and self.optimizations.prefix_cache:
+            return "optimizations.prefix_cache"
+        return "prefix_cache" if self.prefix_cache else None
+
+    @property
+    def wants_receipt(self) -> bool:
+        """Whether the answer tells what served it and what it cost."""
+        return self.optimizations is not None and bool(self.optimizations.receipt)
 
     @property
     def include_usage(self) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Mapping, Set
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -286,10 +287,28 @@ def _model_problems(settings: Settings) -> list[str]:
             if (given := [name for name in LIFECYCLE_FIELDS if name in model.model_fields_set])
         ]
     ids = [model.id for model in models]
+    problems += _alias_problems(models)
     return problems + [
         f"{ids.count(i)} models have the id {i!r}; give them different ids."
         for i in dict.fromkeys(ids)
         if ids.count(i) > 1
+    ]
+
+
+def _alias_problems(models: Sequence[ModelSettings]) -> list[str]:
+    """A name must mean one model."""
+    ids = [model.id for model in models]
+    aliases = [(alias, model.id) for model in models for alias in model.aliases]
+    counted = Counter(alias for alias, _ in aliases)
+    problems = [
+        f"model {model_id} has the alias {alias!r}, which is the id of a model; give it another one."
+        for alias, model_id in aliases
+        if alias in ids
+    ]
+    return problems + [
+        f"{count} models have the alias {alias!r}, or one has it twice; a name must mean one model."
+        for alias, count in counted.items()
+        if count > 1
     ]
 
 

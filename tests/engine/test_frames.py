@@ -35,7 +35,14 @@ from memory_efficient_gpt.frames import (
     encode,
     encode_events,
 )
-from memory_efficient_gpt.request import FinishReason, Request, SamplingParams, SequenceEvent, TokenLogprob
+from memory_efficient_gpt.request import (
+    Cost,
+    FinishReason,
+    Request,
+    SamplingParams,
+    SequenceEvent,
+    TokenLogprob,
+)
 from memory_efficient_gpt.wire import FrameError, pack_record, unpack_record
 
 PARAMS = SamplingParams(
@@ -45,12 +52,13 @@ PARAMS = SamplingParams(
 )  # fmt: skip
 REQUEST = Request(
     id="r", prompt_token_ids=(1, 2**31), params=PARAMS, client="c", cache_salt="s", adapter="a",
-    use_prefix_cache=False, resumed_token_ids=((), None, (1, 2**31)),
+    use_prefix_cache=False, resumed_token_ids=((), None, (1, 2**31)), metered=True,
 )  # fmt: skip
 INFO = EngineInfo(
     model="m", architecture="A", tier="B", tier_reason="r", dtype="float32", device="cpu", max_model_len=1,
     vocab_size=2, eos_token_ids=(3, 4), num_kv_blocks=5, block_size=6, kv_cache_dtype="int8", weights_bytes=7,
-    kv_cache_bytes=2**40, attention_backend="torch", quantization="int4", notes=("one", "two"),
+    kv_cache_bytes=2**40, attention_backend="torch", quantization="int4", prefix_cache=False,
+    notes=("one", "two"),
 )  # fmt: skip
 CONFIG = EngineConfig(
     model="m", revision="r", device="cpu", dtype="float32", quantization="int4", kv_cache_dtype="int8",
@@ -63,12 +71,14 @@ LOGPROBS = [TokenLogprob(1, -0.5, ((1, -0.5), (2, float("-inf"))))]
 FULL_EVENT = SequenceEvent(
     request_id="r", index=3, token_ids=[5, 6], logprobs=LOGPROBS, prompt_logprobs=[None, *LOGPROBS],
     finish_reason=FinishReason.STOP, stop_token_id=0, num_cached_tokens=16,
+    cost=Cost(queue_s=0.5, kv_peak_bytes=2**40, kv_byte_seconds=1.5, resumed=True),
 )  # fmt: skip
 EVENTS = [
     FULL_EVENT,
     SequenceEvent(request_id="r", token_ids=[1]),
     SequenceEvent(request_id="r", logprobs=[]),
     SequenceEvent(request_id="r", stop_token_id=0),
+    SequenceEvent(request_id="r", token_ids=[1], cost=Cost(queue_s=0.0)),
 ]
 MESSAGES: list[Message] = [
     Submit(REQUEST), Submit(Request(id="x", prompt_token_ids=())), Abort("r"), Abort("r", 0), Drain(),
@@ -193,8 +203,9 @@ def test_one_wrong_byte_gives_messages_or_frame_errors(message: Message, data: s
         ),
         ([7, ["no_such_code", "x", None, None]], "no error code"),
         ([8, [["r", 0, [1.5], 0]]], "integers"),
-        ([8, [["r", 0, [1], 0, "bored", None, None, None, None]]], "finish reason"),
-        ([8, [["r", 0, [1], 0, None, None, [[1]], None, None]]], "logprob"),
+        ([8, [["r", 0, [1], 0, "bored", None, None, None, None, None]]], "finish reason"),
+        ([8, [["r", 0, [1], 0, None, None, [[1]], None, None, None]]], "logprob"),
+        ([8, [["r", 0, [1], 0, None, None, None, None, None, {"queue_s": "long"}]]], "Cost|number"),
     ],
 )
 def test_malformed_messages_say_what_is_wrong(body: object, problem: str) -> None:

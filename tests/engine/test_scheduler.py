@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from memory_efficient_gpt.kv_cache.blocks import BlockAllocator
+from memory_efficient_gpt.kv_meter import KvMeter
 from memory_efficient_gpt.request import FinishReason, Request, SamplingParams, SequenceEvent, TokenLogprob
 from memory_efficient_gpt.scheduler import Scheduler, SchedulerConfig
 from memory_efficient_gpt.sequence import Sequence, Step, StepOutcome
@@ -115,6 +116,7 @@ class Harness:
         client: str = "",
         salt: str = "",
         scored: bool = False,
+        meter: KvMeter | None = None,
     ) -> None:
         params = SamplingParams(n=n, max_tokens=max_tokens, prompt_logprobs=0 if scored else None)
         request = Request(
@@ -124,7 +126,9 @@ class Harness:
         for index in range(n):
             self.order += 1
             sequences.append(
-                Sequence(request, index, index, len(prompt) + max_tokens, list(prompt), self.order)
+                Sequence(
+                    request, index, index, len(prompt) + max_tokens, list(prompt), self.order, meter=meter
+                )
             )
             self.outputs[name, index] = []
         self.scheduler.add(sequences)

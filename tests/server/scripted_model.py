@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
 from memory_efficient_gpt.errors import ContextLengthError, MegptError
-from memory_efficient_gpt.request import FinishReason, Request, SequenceEvent, TokenLogprob
+from memory_efficient_gpt.request import Cost, FinishReason, Request, SequenceEvent, TokenLogprob
 from memory_efficient_gpt_server.event_stream import EventStream
 
 INFO = EngineInfo(
@@ -24,7 +24,10 @@ INFO = EngineInfo(
 
 @dataclass
 class ScriptedEngine:
-    """Implements `ModelEngine`. before_token: runs before each token, with the request and their count."""
+    """Implements `ModelEngine`. before_token: runs before each token, with the request and their count.
+
+    block_bytes: what each token costs a metered request, for a second each; None: it measures nothing.
+    """
 
     answer: list[int]
     step_s: float = 0.0
@@ -35,6 +38,7 @@ class ScriptedEngine:
     stats: EngineStats = field(default_factory=lambda: EngineStats(num_kv_blocks=100, num_free_blocks=75))
     ended_stats: EngineStats = field(default_factory=EngineStats)
     cached_tokens: int = 0
+    block_bytes: int | None = 10
     refuse_with: MegptError | None = None
     before_token: Callable[[Request, int], MegptError | None] = lambda request, count: None
     requests: list[Request] = field(default_factory=list)
@@ -99,6 +103,8 @@ class ScriptedEngine:
     def _event(self, request: Request, index: int, count: int) -> SequenceEvent:
         params = request.params
         event = SequenceEvent(request_id=request.id, index=index, num_cached_tokens=self.cached_tokens)
+        if request.metered:
+            event.cost = self._cost(count + 1)
         if count == 0 and index == 0 and params.prompt_logprobs is not None:
             scores = [scored(token, params.prompt_logprobs) for token in request.prompt_token_ids]
             event.prompt_logprobs = [None, *scores[1:]]
@@ -111,6 +117,10 @@ class ScriptedEngine:
         if count + 1 == params.max_tokens:
             event.finish_reason = FinishReason.LENGTH
         return event
+
+    def _cost(self, num_tokens: int) -> Cost:
+        size = None if self.block_bytes is None else self.block_bytes * num_tokens
+        return Cost(queue_s=0.25, kv_peak_bytes=size, kv_byte_seconds=None if size is None else size / 2)
 
 
 def scored(token_id: int, num_top: int) -> TokenLogprob:

@@ -59,9 +59,12 @@ def stage_starter(serve: Serve, tokenizer: Tokenizer) -> Start:
         host = host or FakeHost()
         registry = host.make()
         models = [
-            ServedModel(i, registry.engine(i), lambda: tokenizer, registry=registry, config_vocab_size=4096)
-            for i in registry.models
-        ]
+            ServedModel(
+                model.id, registry.engine(model.id), lambda: tokenizer, registry=registry,
+                config_vocab_size=4096, aliases=model.entry.aliases,
+            )
+            for model in registry.models.values()
+        ]  # fmt: skip
         options = {"admin_key": ADMIN, **settings}
         with (
             serve(catalog=lambda _: ModelCatalog(models, registry), **options) as live,

@@ -191,8 +191,8 @@ def test_wrong_models_are_problems(tmp_path: Path) -> None:
 def test_model_settings_follow_the_engines_config() -> None:
     engine = {f.name: f.default for f in dataclasses.fields(EngineConfig)}
     mine = {name: field.default for name, field in ModelSettings.model_fields.items()}
-    assert set(mine) == {"id", *engine, *LIFECYCLE_FIELDS}
-    assert {n: d for n, d in mine.items() if n not in ("id", "model", *LIFECYCLE_FIELDS)} == {
+    assert set(mine) == {"id", "aliases", *engine, *LIFECYCLE_FIELDS}
+    assert {n: d for n, d in mine.items() if n not in ("id", "aliases", "model", *LIFECYCLE_FIELDS)} == {
         n: d for n, d in engine.items() if n != "model"
     }
     assert all(field.description for field in ModelSettings.model_fields.values())
@@ -225,11 +225,14 @@ def test_many_models_yaml_is_valid() -> None:
     house, writer, _ = settings.served_models()
     assert house.pinned and house.load == "start"
     assert writer.load == "on_demand" and writer.ttl_s == 600
+    assert writer.aliases == ("author",)
+    assert [v.quantization for v in writer.variants if not isinstance(v, str)] == ["int4", "int8"]
 
 
 @pytest.mark.parametrize("field", LIFECYCLE_FIELDS)
 def test_what_only_a_budget_makes_true_needs_one(field: str) -> None:
-    value = {"load": "on_demand", "pinned": True, "ttl_s": 60, "min_residency_s": 5, "priority": 1}[field]
+    value = {"load": "on_demand", "pinned": True, "ttl_s": 60, "min_residency_s": 5, "priority": 1,
+             "variants": "any"}[field]  # fmt: skip
     models = [{"model": "demo", field: value}]
     told = problems_of({"models": models}, {})
     assert "model demo" in told and field in told and "memory_budget_bytes" in told

@@ -10,10 +10,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from memory_efficient_gpt_server.commands.options import Commands, add_server_options, new_command
+from memory_efficient_gpt_server.commands.options import (
+    Commands,
+    add_server_options,
+    add_variant_options,
+    new_command,
+    variant_options,
+)
 
 _EXAMPLES = """\
   megpt load writer                                     returns when it is ready
+  megpt load writer --quantization int4                 a variant that its setting `variants` allows
   megpt load writer --no-wait                           returns at once; `megpt ps` shows how far it is
   megpt load writer --url http://gpu-box:8000 --admin-key-file admin.key
 
@@ -31,6 +38,7 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--wait", action=argparse.BooleanOptionalAction, default=True, help="wait until it is ready"
     )
+    add_variant_options(parser)
     add_server_options(parser)
     parser.set_defaults(run=run)
 
@@ -40,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from memory_efficient_gpt_server.commands.admin_client import admin_client
 
     with admin_client(args) as client:
-        done, model = client.operate(args.model, "load", {"wait": args.wait})
+        done, model = client.operate(args.model, "load", {"wait": args.wait, **variant_options(args)})
     print(_said(done, model))
     return 0
 
@@ -49,7 +57,7 @@ def _said(done: bool, model: dict[str, Any]) -> str:
     from memory_efficient_gpt_server.commands.model_table import bytes_cell
     from memory_efficient_gpt_server.commands.tables import one_line
 
-    name, state = one_line(model["id"]), one_line(model["state"])
+    name, state = one_line(model["variant"]), one_line(model["state"])
     if not done:
         return f"{name}: {state}; `megpt ps` shows how far it is"
     load_s = model["last_load_s"]

@@ -2,7 +2,7 @@
 
 Purpose: a table of states and bytes, or all of it as JSON.
 Does not know: where the models come from.
-Invariant: one line a model, whatever its reason says.
+Invariant: one line a variant, whatever its reason says.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from memory_efficient_gpt_server.commands.tables import UNKNOWN, aligned, one_line, size
+from memory_efficient_gpt_server.commands.variant_rows import variant_rows
 
 _COLUMNS: Final = ("model", "state", "leases", "waiting", "estimated", "measured", "last load", "why")
 _TEXT_COLUMNS: Final = (0, 1, 7)
 
 
-def show(models: Sequence[Mapping[str, Any]], *, as_json: bool, if_none: str) -> None:
-    """Print the models. if_none: what to say to a person if there are none."""
+def show(
+    models: Sequence[Mapping[str, Any]], *, as_json: bool, if_none: str, only_loaded: bool = False
+) -> None:
+    """Print the models, a row for each variant. if_none: what to say to a person if there are none."""
+    rows = [row for model in models for row in variant_rows(model, only_loaded=only_loaded)]
     if as_json:
         print(json.dumps({"models": models}))
-    elif models:
-        print("\n".join(aligned([_COLUMNS, *map(_row, models)], _TEXT_COLUMNS)))
+    elif rows:
+        print("\n".join(aligned([_COLUMNS, *map(_row, rows)], _TEXT_COLUMNS)))
     else:
         print(if_none)
 
@@ -35,7 +39,7 @@ def bytes_cell(sizes: Mapping[str, int] | None) -> str:
 def _row(model: Mapping[str, Any]) -> tuple[str, ...]:
     load_s = model["last_load_s"]
     return (
-        one_line(model["id"]),
+        one_line(model["variant"]),
         one_line(model["state"]) + (" (pinned)" if model["pinned"] else ""),
         str(model["leases"]),
         str(model["waiting"]),

@@ -17,7 +17,8 @@ _EXAMPLES = """\
   megpt models --json | jq -r '.models[] | select(.state == "failed") | .reason'
 
 The server must have a memory budget (memory_budget_bytes) and an admin key, which this command takes from the
-variable MEGPT_ADMIN_KEY or from --admin-key-file. The columns:
+variable MEGPT_ADMIN_KEY or from --admin-key-file. Each variant that requests may choose, or have chosen, has
+a row of its own: demo[quantization=int4]. The columns:
 
   leases      requests that use the model now; it is not evicted while there are any
   waiting     requests that wait until it is loaded

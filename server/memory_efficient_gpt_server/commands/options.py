@@ -106,6 +106,19 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_variant_options(parser: argparse.ArgumentParser) -> None:
+    """Which variant of a running server's model. What a model may be had as is the server's to say."""
+    group = parser.add_argument_group("variant options (default: the model as it is configured)")
+    group.add_argument("--quantization", metavar="SCHEME", help="weights as int4, int8, bf16 ...")
+    group.add_argument("--kv-cache-dtype", metavar="TYPE", help="KV cache in int8, bfloat16 ...")
+
+
+def variant_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The body's `optimizations`, if any of these options was given."""
+    given = _given(args, ("quantization", "kv_cache_dtype"))
+    return {"optimizations": given} if given else {}
+
+
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The engine options that were given, as EngineConfig's fields."""
     return _given(args, _ENGINE_OPTIONS)

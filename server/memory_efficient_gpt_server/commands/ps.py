@@ -16,8 +16,8 @@ _EXAMPLES = """\
   megpt ps --url http://gpu-box:8000 --admin-key-file admin.key
   megpt ps --json | jq '[.models[].leases] | add'       requests under way
 
-As `megpt models`, without those that are unloaded; `megpt models --help` explains the columns, `megpt top`
-shows them live.
+As `megpt models`, without the variants that are unloaded; `megpt models --help` explains the columns,
+`megpt top` shows them live.
 """
 
 
@@ -35,8 +35,10 @@ def run(args: argparse.Namespace) -> int:
     """Ask and print."""
     from memory_efficient_gpt_server.commands.admin_client import admin_client
     from memory_efficient_gpt_server.commands.model_table import show
+    from memory_efficient_gpt_server.commands.variant_rows import variant_rows
 
     with admin_client(args) as client:
-        loaded = [model for model in client.models() if model["state"] != "unloaded"]
-    show(loaded, as_json=args.json, if_none="no model is loaded; `megpt load ID` loads one")
+        loaded = [model for model in client.models() if variant_rows(model, only_loaded=True)]
+    none = "no model is loaded; `megpt load ID` loads one"
+    show(loaded, as_json=args.json, if_none=none, only_loaded=True)
     return 0

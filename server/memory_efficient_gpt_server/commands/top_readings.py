@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from memory_efficient_gpt_server.commands.variant_rows import summed
+
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
@@ -26,7 +28,9 @@ MEMORY: Final = "megpt_memory_bytes"
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """at_s: of a monotonic clock. held_bytes: by model. tokens: by counter, model. evictions: by reason."""
+    """at_s: of a monotonic clock. models: with all their variants added up. held_bytes: by model. tokens: by
+    counter, model. evictions: by reason.
+    """
 
     at_s: float
     models: list[dict[str, Any]]
@@ -45,12 +49,12 @@ def read(client: AdminClient, clock: Callable[[], float] = time.monotonic) -> Re
     """A reading of the server. Raises ServerRefusedError."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    models, devices, text = client.models(), client.memory()["devices"], client.metrics()
+    models, devices, text = map(summed, client.models()), client.memory()["devices"], client.metrics()
     at_s = clock()
     families = list(text_string_to_metric_families(text))
     held = _sums(families, MEMORY, "model_name")
     tokens = {name: _sums(families, name, "model_name") for name in (PROMPT_TOKENS, GENERATED_TOKENS)}
-    return Reading(at_s, models, devices, held, tokens, _sums(families, EVICTIONS, "reason"))
+    return Reading(at_s, list(models), devices, held, tokens, _sums(families, EVICTIONS, "reason"))
 
 
 def per_second(before: Reading | None, now: Reading, counter: str, model_id: str) -> float | None:

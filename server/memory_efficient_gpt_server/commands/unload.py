@@ -12,14 +12,17 @@ import argparse
 from memory_efficient_gpt_server.commands.options import (
     Commands,
     add_server_options,
+    add_variant_options,
     new_command,
     seconds,
+    variant_options,
 )
 
 _EXAMPLES = """\
   megpt unload writer                                   when its requests have finished
   megpt unload writer --deadline 30                     ends what is left after 30 seconds
   megpt unload writer --mode abort                      ends its requests now
+  megpt unload writer --quantization int4               that variant of it; the others stay
   megpt unload writer --mode if_idle                    only if nobody uses it or waits for it
   megpt unload writer --no-wait                         returns at once; `megpt ps` shows how far it is
 
@@ -45,6 +48,7 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--wait", action=argparse.BooleanOptionalAction, default=True, help="wait until it is unloaded"
     )
+    add_variant_options(parser)
     add_server_options(parser)
     parser.set_defaults(run=run)
 
@@ -57,11 +61,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.deadline is not None and args.mode != "drain":
         raise ConfigError([f"--deadline is for --mode drain, not {args.mode}; leave it out."])
-    body = {"mode": args.mode, "wait": args.wait}
+    body = {"mode": args.mode, "wait": args.wait, **variant_options(args)}
     if args.deadline is not None:
         body["deadline_s"] = args.deadline
     with admin_client(args) as client:
         done, model = client.operate(args.model, "unload", body)
     more = "" if done else "; `megpt ps` shows how far it is"
-    print(f"{one_line(model['id'])}: {one_line(model['state'])}{more}")
+    print(f"{one_line(model['variant'])}: {one_line(model['state'])}{more}")
     return 0

@@ -52,7 +52,7 @@ def unload(draft: Draft, event: AdminUnload) -> None:
     record = draft.records.get(event.key)
     if record is None or record.state is State.UNLOADED:
         draft.finish((event.operation,))
-    elif draft.entries[event.key.model_id].pinned and record.state is not State.FAILED:
+    elif draft.entries[event.key.model_id].pins(event.key) and record.state is not State.FAILED:
         draft.refuse(event.operation, RefusalKind.MODEL_PINNED)
     elif event.mode is UnloadMode.IF_IDLE and (record.leases or event.key in draft.queue):
         draft.refuse(event.operation, RefusalKind.MODEL_BUSY)

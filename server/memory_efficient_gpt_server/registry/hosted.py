@@ -2,7 +2,7 @@
 
 Purpose: the seam between the registry and whatever runs models.
 Does not know: settings, worker processes.
-Invariant: a hosted model's key never changes; each engine is started once and closed once.
+Invariant: a hosted model's key never changes and has no options; each engine is started once and closed once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from memory_efficient_gpt_server.models import ModelEngine
+from memory_efficient_gpt_server.registry.choice import NO_CHOICES, UNQUANTIZED_FACTS, Choices, Facts
 from memory_efficient_gpt_server.registry.variants import Estimate, ModelEntry, VariantKey
 
 
@@ -28,25 +29,28 @@ class LoadableEngine(ModelEngine, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Provision:
-    """What a model takes, and how to make an engine (not started) that takes it."""
+    """What a variant takes, how to make an engine (not started) that takes it, and how it will be served."""
 
     estimate: Estimate
     make_engine: Callable[[], LoadableEngine]
+    facts: Facts = UNQUANTIZED_FACTS
 
 
 @dataclass(frozen=True, slots=True)
 class HostedModel:
     """A model that can be loaded.
 
-    provide: looks at the checkpoint, which may take a second; called in a thread, and not again once it has
-    succeeded. Raises MegptError. at_start: whether the model is loaded when the server starts, rather than
-    when it is first asked for.
+    key: the model as it is configured. provide: looks at the checkpoint, for any variant of the model, which
+    may take a second; called in a thread, and not again once it has succeeded. Raises MegptError. at_start:
+    whether the model is loaded (as configured) when the server starts, rather than when it is first asked
+    for. choices: which other variants requests may choose.
     """
 
     entry: ModelEntry
     key: VariantKey
-    provide: Callable[[], Provision]
+    provide: Callable[[VariantKey], Provision]
     at_start: bool = False
+    choices: Choices = NO_CHOICES
 
     @property
     def id(self) -> str:

@@ -1,4 +1,4 @@
-"""A model of the registry as a JSON object.
+"""A model of the registry and its variants as JSON objects.
 
 Purpose: what administrators see of one model.
 Does not know: HTTP.
@@ -11,28 +11,41 @@ from pathlib import Path
 from typing import Any
 
 from memory_efficient_gpt_server.registry.owner import Registry
-from memory_efficient_gpt_server.registry.variants import Estimate
+from memory_efficient_gpt_server.registry.variants import Estimate, VariantKey
 
 
-def model_view(registry: Registry, model_id: str) -> dict[str, Any]:
-    """The model `model_id`, which must be registered."""
-    model, record = registry.models[model_id], registry.record(model_id)
-    engine, pid = registry.engine(model_id), registry.pid(model_id)
+def model_view(registry: Registry, key: VariantKey) -> dict[str, Any]:
+    """A registered model: the facts of the variant `key`, its settings, and all its variants in short."""
+    model = registry.models[key.model_id]
+    return {
+        "id": model.id,
+        "aliases": list(model.entry.aliases),
+        **variant_view(registry, key),
+        "pinned": model.entry.pins(key),
+        "ttl_s": model.entry.ttl_s,
+        "min_residency_s": model.entry.min_residency_s,
+        "priority": model.entry.priority,
+        "load": "start" if model.at_start and key == model.key else "on_demand",
+        "any_variant": model.choices.any,
+        "variants": [variant_view(registry, variant) for variant in registry.variants(model.id)],
+    }
+
+
+def variant_view(registry: Registry, key: VariantKey) -> dict[str, Any]:
+    """One variant. quantization, kv_cache_dtype: what is special about it; null: as configured."""
+    record, engine, pid = registry.record(key), registry.engine(key), registry.pid(key)
     life = None if record is None else record.life
     return {
-        "id": model_id,
+        "variant": str(key),
+        "quantization": key.quantization,
+        "kv_cache_dtype": None if key.kv_cache_dtype == "auto" else key.kv_cache_dtype,
         "state": engine.state,
         "reason": engine.reason,
         "state_age_s": None if life is None else registry.age_s(life.since_s),
         "retry_in_s": None if life is None or life.retry_at_s is None else -registry.age_s(life.retry_at_s),
         "idle_s": None if record is None or record.leases else registry.age_s(record.last_used_s),
         "leases": 0 if record is None else len(record.leases),
-        "waiting": len(registry.state.queue.of(model.key)),
-        "pinned": model.entry.pinned,
-        "ttl_s": model.entry.ttl_s,
-        "min_residency_s": model.entry.min_residency_s,
-        "priority": model.entry.priority,
-        "load": "start" if model.at_start else "on_demand",
+        "waiting": len(registry.state.queue.of(key)),
         "estimated_bytes": None if record is None else _sizes(record.estimate),
         "measured_bytes": None if record is None or record.measured is None else _sizes(record.measured),
         "process_rss_bytes": None if pid is None else _rss_bytes(pid),

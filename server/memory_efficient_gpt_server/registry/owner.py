@@ -17,6 +17,8 @@ from typing import Final
 from memory_efficient_gpt.errors import MegptError, ModelNotFoundError
 from memory_efficient_gpt_server.models import ModelEngine
 from memory_efficient_gpt_server.registry.answers import Answers
+from memory_efficient_gpt_server.registry.choice import Wish
+from memory_efficient_gpt_server.registry.chooser import Chooser
 from memory_efficient_gpt_server.registry.effects import (
     Abort,
     Effect,
@@ -53,6 +55,9 @@ from memory_efficient_gpt_server.registry.variants import VariantKey, find_entry
 
 logger = logging.getLogger(__name__)
 
+Named = str | VariantKey
+"""A model's id or alias, which means the model as it is configured, or a variant that `choose` gave."""
+
 TICK_S: Final = 0.25
 """Deadlines are kept, and dead workers noticed, with this delay at most."""
 
@@ -73,9 +78,10 @@ class Registry:
         self.models = {model.id: model for model in models}
         self.state = RegistryState.initial(budgets, {m.id: m.entry for m in self.models.values()}, policy)
         self.tally = Tally()
-        self._provisions = Provisions({model.key: model for model in self.models.values()})
+        self._provisions = Provisions(self.models)
+        self._chooser = Chooser(self.models, self._provisions)
         self._processes = Processes(self._make_engine, self._post, self._outlive, self.tally)
-        self._engines = {i: self._managed(model) for i, model in self.models.items()}
+        self._engines: dict[VariantKey, ManagedEngine] = {}
         self._clock = clock
         self._inbox: asyncio.Queue[tuple[Event, asyncio.Future[None] | None]] = asyncio.Queue()
         self._answers = Answers()
@@ -86,29 +92,52 @@ class Registry:
 
     # ---- for those who serve requests
 
-    def lease(self, name: str, wait_s: float | None = None) -> Lease:
+    async def choose(self, name: str, wish: Wish) -> VariantKey:
+        """The variant of a model that does what is wished for. Nothing is loaded for it.
+
+        Raises ModelNotFoundError, LoadFailedError; InvalidRequestError for what is not allowed or impossible.
+        """
+        return await self._chooser.choose(self.hosted(name), wish)
+
+    def variants(self, model_id: str) -> tuple[VariantKey, ...]:
+        """The model as configured, then those that may be chosen or were: each once."""
+        model = self.models[model_id]
+        known = [key for key in self.state.records if key.model_id == model_id]
+        return tuple(dict.fromkeys((model.key, *model.choices.listed, *known)))
+
+    def lease(self, name: Named, wait_s: float | None = None) -> Lease:
         """A lease to enter. wait_s: longest wait for a load (None: as long as anyone may; 0: none).
 
         Raises ModelNotFoundError. Entering raises the errors of refusals.py.
         """
-        return Lease(self, self.hosted(name).key, wait_s)
+        return Lease(self, self._key(name), wait_s)
 
-    def engine(self, model_id: str) -> ManagedEngine:
-        """The model's engine, loaded or not."""
-        return self._engines[model_id]
+    def engine(self, name: Named) -> ManagedEngine:
+        """The variant's engine, loaded or not."""
+        key = self._key(name)
+        if key not in self._engines:
+            self._engines[key] = ManagedEngine(
+                str(key), lambda: self._life(key), lambda: self._processes.engine(key)
+            )
+        return self._engines[key]
+
+    def engines(self, model_id: str) -> tuple[ManagedEngine, ...]:
+        """Those of all variants of a model that were ever used, of the configured one first."""
+        own = self.engine(model_id)
+        used = [engine for key, engine in self._engines.items() if key.model_id == model_id]
+        return tuple(dict.fromkeys((own, *used)))
 
     def needs(self, model_id: str) -> bool:
         """Whether the server isn't ready for want of it: to be loaded at start, and never was or failed."""
         if not self.models[model_id].at_start:
             return False
-        return model_id not in self._loaded_once or self._life(model_id).state is State.FAILED
+        return model_id not in self._loaded_once or self._life(self._key(model_id)).state is State.FAILED
 
     async def grant(self, lease: Lease) -> ModelEngine:
         """Wait until the lease is granted. Raises MegptError; cancelled, nothing is asked for any more."""
-        model_id = lease.key.model_id
         estimate = (await self._provisions.of(lease.key)).estimate
         lease.id = self._answers.new_id()
-        answer = self._answers.expect(lease.id, model_id)
+        answer = self._answers.expect(lease.id, str(lease.key))
         self._leases[lease.id] = lease
         self._post(Asked(lease.id, lease.key, estimate, lease.wait_s))
         try:
@@ -119,7 +148,7 @@ class Registry:
                 self._answers.forget(lease.id)
                 self._post(Left(lease.id, lease.key))
             raise
-        return self._engines[model_id]
+        return self.engine(lease.key)
 
     def take_back(self, lease: Lease) -> None:
         """The work under the lease has ended."""
@@ -137,45 +166,46 @@ class Registry:
             raise ModelNotFoundError(f"There is no model {name[:80]!r} here. Models: {known}.", param="model")
         return self.models[entry.id]
 
-    def record(self, model_id: str) -> VariantRecord | None:
-        """What is known of the model's variant; None before anyone asked for it."""
-        return self.state.records.get(self.models[model_id].key)
+    def record(self, name: Named) -> VariantRecord | None:
+        """What is known of a variant; None before anyone asked for it."""
+        return self.state.records.get(self._key(name))
 
     def age_s(self, then_s: float) -> float:
         """Seconds since a time of the registry's clock."""
         return self._clock() - then_s
 
-    def pid(self, model_id: str) -> int | None:
-        """The model's process while there is one."""
-        engine = self._processes.engine(self.models[model_id].key)
+    def pid(self, name: Named) -> int | None:
+        """The variant's process while there is one."""
+        engine = self._processes.engine(self._key(name))
         return None if engine is None else engine.pid
 
-    async def plan(self, name: str) -> Plan:
-        """What loading the model would mean now. Changes nothing.
+    async def plan(self, name: Named) -> Plan:
+        """What loading the variant would mean now, and which others of its model would fit. Changes nothing.
 
         Raises ModelNotFoundError, LoadFailedError.
         """
-        key = self.hosted(name).key
+        key = self._key(name)
         estimate = (await self._provisions.of(key)).estimate
-        return plan(LoadRequest(key, estimate), self.state, self._clock())
+        others = [other for other in self.variants(key.model_id) if other != key]
+        candidates = await self._chooser.candidates(others)
+        return plan(LoadRequest(key, estimate, candidates), self.state, self._clock())
 
-    async def load(self, name: str) -> asyncio.Future[None]:
+    async def load(self, name: Named) -> asyncio.Future[None]:
         """Load a model for nobody's request. The future has the answer; it may be there already.
 
         Raises ModelNotFoundError, LoadFailedError.
         """
-        model = self.hosted(name)
-        estimate = (await self._provisions.of(model.key)).estimate
+        key = self._key(name)
+        estimate = (await self._provisions.of(key)).estimate
         operation = self._answers.new_id()
-        return await self._begin(operation, model.id, AdminLoad(operation, model.key, estimate))
+        return await self._begin(operation, key, AdminLoad(operation, key, estimate))
 
     async def unload(
-        self, name: str, mode: UnloadMode = UnloadMode.DRAIN, deadline_s: float | None = None
+        self, name: Named, mode: UnloadMode = UnloadMode.DRAIN, deadline_s: float | None = None
     ) -> asyncio.Future[None]:
         """Unload a model; as `load`. deadline_s: for DRAIN, seconds until the work under way is cut."""
-        model = self.hosted(name)
-        operation = self._answers.new_id()
-        return await self._begin(operation, model.id, AdminUnload(operation, model.key, mode, deadline_s))
+        key, operation = self._key(name), self._answers.new_id()
+        return await self._begin(operation, key, AdminUnload(operation, key, mode, deadline_s))
 
     # ---- life
 
@@ -225,7 +255,7 @@ class Registry:
             self._answers.give(_asker(event), RuntimeError(f"the registry failed on {type(event).__name__}"))
             return
         if isinstance(event, Loaded) and self.state.records[event.key].state is State.READY:
-            self._loaded_once.add(event.key.model_id)
+            self._note_loaded(event.key)
         for effect in effects:
             try:
                 self._execute(effect)
@@ -240,7 +270,7 @@ class Registry:
                 self._answers.give(waiter, error_for(effect, self._answers.model_id(waiter)))
             case Abort(lease, key, reason):
                 if lease in self._leases:
-                    self._leases[lease].abort(abort_error(reason, key.model_id))
+                    self._leases[lease].abort(abort_error(reason, str(key)))
             case StartLoad(key, reserved):
                 logger.info("Loading %s.", key)
                 self._processes.load(key, reserved)
@@ -251,9 +281,9 @@ class Registry:
                 # no estimate says that it can sleep, and nobody asks for other KV sizes
                 raise AssertionError(f"workers can't do {type(effect).__name__}")
 
-    async def _begin(self, operation: int, model_id: str, event: Event) -> asyncio.Future[None]:
+    async def _begin(self, operation: int, key: VariantKey, event: Event) -> asyncio.Future[None]:
         """Post an administrator's event and wait until it was considered."""
-        answer = self._answers.expect(operation, model_id, log_failure=True)
+        answer = self._answers.expect(operation, str(key), log_failure=True)
         stepped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._post(event, stepped)
         await asyncio.wait([stepped, answer], return_when=asyncio.FIRST_COMPLETED)
@@ -270,17 +300,20 @@ class Registry:
         assert provision is not None, "nobody can ask for what was not provided for"
         return provision.make_engine()
 
-    def _managed(self, model: HostedModel) -> ManagedEngine:
-        return ManagedEngine(
-            model.id, lambda: self._life(model.id), lambda: self._processes.engine(model.key)
-        )
+    def _key(self, name: Named) -> VariantKey:
+        """Raises ModelNotFoundError."""
+        return name if isinstance(name, VariantKey) else self.hosted(name).key
 
-    def _life(self, model_id: str) -> Life:
-        record = self.state.records.get(self.models[model_id].key)
+    def _note_loaded(self, key: VariantKey) -> None:
+        if key == self.models[key.model_id].key:
+            self._loaded_once.add(key.model_id)
+
+    def _life(self, key: VariantKey) -> Life:
+        record = self.state.records.get(key)
         return Life() if record is None else record.life
 
     def _outlive(self, key: VariantKey, engine: LoadableEngine) -> None:
-        self._engines[key.model_id].outlived(engine)
+        self.engine(key).outlived(engine)
 
 
 def _asker(event: Event) -> int | None:

@@ -2,7 +2,8 @@
 
 Purpose: one shape for POST /admin/plan, GET /admin/memory and the plan in an insufficient_memory error.
 Does not know: HTTP, how plans come about.
-Invariant: sizes are bytes, times seconds; what is not known is null.
+Invariant: sizes are bytes, times seconds; what is not known is null. A model as configured goes by its id,
+another variant by the id and what is special: `writer[quantization=int4]`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ def plan_view(plan: Plan) -> dict[str, Any]:
         "bytes": {str(kind): size for kind, size in plan.bytes.items()},
         "needed_bytes": dict(plan.needed),
         "reservable_bytes": dict(plan.reservable),
-        "evict": [key.model_id for key in plan.evict],
-        "sleep": [key.model_id for key in plan.sleep],
-        "blocked_by": [key.model_id for key in plan.blocked_by],
+        "evict": [str(key) for key in plan.evict],
+        "sleep": [str(key) for key in plan.sleep],
+        "blocked_by": [str(key) for key in plan.blocked_by],
         "eta_s": plan.eta_s,
+        "alternatives": [{"variant": one.label, **plan_view(one.plan)} for one in plan.alternatives],
     }
 
 

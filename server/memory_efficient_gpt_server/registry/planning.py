@@ -212,7 +212,7 @@ def _reservable(view: RegistryView, key: VariantKey, needed: Mapping[str, int]) 
 
 
 def _stays(view: RegistryView, record: VariantRecord, key: VariantKey) -> bool:
-    pinned = view.entries[record.key.model_id].pinned
+    pinned = view.entries[record.key.model_id].pins(record.key)
     return pinned and record.key != key and record.state is not State.UNLOADING
 
 

@@ -1,4 +1,4 @@
-"""What each model takes, found out once.
+"""What each variant takes, found out once.
 
 Purpose: call `HostedModel.provide` off the event loop, one call however many ask.
 Does not know: checkpoints, memory.
@@ -17,9 +17,9 @@ from memory_efficient_gpt_server.registry.variants import VariantKey
 
 
 class Provisions:
-    """Those that are known, by key. Used from one event loop."""
+    """Those that are known, by key. hosted: by model id. Used from one event loop."""
 
-    def __init__(self, hosted: Mapping[VariantKey, HostedModel]) -> None:
+    def __init__(self, hosted: Mapping[str, HostedModel]) -> None:
         self._hosted = hosted
         self._known: dict[VariantKey, Provision] = {}
         self._asked: dict[VariantKey, asyncio.Task[Provision]] = {}
@@ -29,17 +29,20 @@ class Provisions:
         return self._known.get(key)
 
     async def of(self, key: VariantKey) -> Provision:
-        """The model's provision. Raises LoadFailedError if its checkpoint is unusable."""
+        """The variant's provision. Raises LoadFailedError if its checkpoint is unusable."""
         if key in self._known:
             return self._known[key]
         task = self._asked.get(key)
         if task is None:
-            task = self._asked[key] = asyncio.create_task(asyncio.to_thread(self._hosted[key].provide))
+            task = self._asked[key] = asyncio.create_task(self._look_at(key))
             task.add_done_callback(lambda done: self._found(key, done))
         try:
             return await asyncio.shield(task)
         except MegptError as error:
-            raise LoadFailedError(f"Model {key.model_id} can't be loaded: {error.message}") from error
+            raise LoadFailedError(f"Model {key} can't be loaded: {error.message}") from error
+
+    async def _look_at(self, key: VariantKey) -> Provision:
+        return await asyncio.to_thread(self._hosted[key.model_id].provide, key)
 
     def _found(self, key: VariantKey, task: asyncio.Task[Provision]) -> None:
         del self._asked[key]

@@ -27,7 +27,7 @@ DEFAULT_RETRY_AFTER_S = 5.0
 
 
 def error_for(refusal: Refuse, model_id: str) -> MegptError:
-    """The error for whoever asked for `model_id`."""
+    """The error for whoever asked for `model_id`: a model's id, or a variant's name."""
     wait_s = DEFAULT_RETRY_AFTER_S if refusal.retry_after_s is None else refusal.retry_after_s
     match refusal.kind:
         case RefusalKind.MODEL_NOT_FOUND:
@@ -48,9 +48,7 @@ def error_for(refusal: Refuse, model_id: str) -> MegptError:
                 f"Model {model_id} is pinned, so it stays. Set pinned to false in the settings to unload it."
             )
         case RefusalKind.WRONG_STATE:
-            return WrongStateError(
-                f"Model {model_id} can't do that now; GET /admin/models/{model_id} tells its state."
-            )
+            return WrongStateError(f"Model {model_id} can't do that now; GET /admin/models tells its state.")
         case _:
             return _try_again(refusal.kind, model_id, wait_s)
 

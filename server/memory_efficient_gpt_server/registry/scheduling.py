@@ -100,7 +100,7 @@ def _continue_drain(draft: Draft, record: VariantRecord) -> None:
 
 def _no_longer_wanted(draft: Draft, record: VariantRecord, wanted_by: VariantKey) -> bool:
     """Whether the drain was for a load that has begun or that nobody waits for, or its victim was pinned."""
-    if draft.entries[record.key.model_id].pinned:
+    if draft.entries[record.key.model_id].pins(record.key):
         return True
     if wanted_by not in draft.queue:
         return True
@@ -131,7 +131,9 @@ def _sleep_is_enough(draft: Draft, record: VariantRecord, wanted_by: VariantKey)
 
 def _unload_after_ttl(draft: Draft, record: VariantRecord) -> None:
     entry = draft.entries[record.key.model_id]
-    if entry.ttl_s is not None and not entry.pinned and draft.now_s - record.last_used_s >= entry.ttl_s:
+    if entry.ttl_s is None or entry.pins(record.key):
+        return
+    if draft.now_s - record.last_used_s >= entry.ttl_s:
         draft.unload(record, UnloadReason.TTL)
 
 

@@ -16,7 +16,11 @@ from typing import Final
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.hardware import resolve_device
 from memory_efficient_gpt.memory.estimation import estimate
+from memory_efficient_gpt_server.registry.choice import Facts
 from memory_efficient_gpt_server.registry.variants import Estimate
+
+UNQUANTIZED: Final = "bf16"
+"""The name of the scheme that stores weights as they are, whatever their type."""
 
 KV_SHARE: Final = 0.25
 """Most of the budget that an automatic KV cache takes."""
@@ -43,3 +47,9 @@ def sized(config: EngineConfig, budget_bytes: int) -> tuple[EngineConfig, Estima
         kv_bytes=predicted.kv_cache_bytes,
         workspace_bytes=predicted.workspace_bytes,
     )
+
+
+def facts_of_config(config: EngineConfig) -> Facts:
+    """How the model would be served. Raises MegptError, as loading would."""
+    predicted = estimate(config, free_bytes=_NO_LIMIT)
+    return Facts(predicted.quantization or UNQUANTIZED, predicted.kv_cache_dtype)

@@ -63,6 +63,13 @@ HAS_PROCESS: Final = frozenset(
 """States in which a worker process exists, and so in which bytes are held."""
 
 
+LIVELIEST_FIRST: Final = (
+    _S.READY, _S.DRAINING, _S.WAKING, _S.SLEEPING, _S.ASLEEP, _S.LOADING, _S.UNLOADING, _S.QUEUED, _S.FAILED,
+    _S.UNLOADED,
+)  # fmt: skip
+"""Where one state must stand for several variants of a model: the first that any of them is in."""
+
+
 @dataclass(frozen=True, slots=True)
 class Life:
     """A state, since when (seconds of the caller's clock), why, and for FAILED when it may be tried again."""

@@ -45,7 +45,11 @@ class Amount(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class VariantKey:
-    """A model and the options that decide how it is loaded. `model_id` is a registered id, never an alias."""
+    """A model and the options that decide how it is loaded. `model_id` is a registered id, never an alias.
+
+    Options say what differs from the model's settings: without any it is the model as it is configured.
+    quantization: the name of a scheme, "bf16" for none.
+    """
 
     model_id: str
     quantization: str | None = None
@@ -53,6 +57,11 @@ class VariantKey:
     max_model_len: int | None = None
     dtype: str = "auto"
     revision: str | None = None
+
+    @property
+    def as_configured(self) -> bool:
+        """Whether it is what a request gets that asks for nothing special."""
+        return self == VariantKey(self.model_id)
 
     def __str__(self) -> str:
         options = [
@@ -73,7 +82,7 @@ class ModelEntry:
     """A registered model; its variants share these settings.
 
     source: bundled name, checkpoint folder or hub id. defaults: sampling fields of requests that leave them
-    out. pinned: never evicted. ttl_s: idle seconds after which it is unloaded; None: never.
+    out. pinned: never evicted (see `pins`). ttl_s: idle seconds after which it is unloaded; None: never.
     min_residency_s: seconds after becoming ready in which it is not evicted. priority: greater loads first
     and is evicted last. kv_soft_limit_bytes: KV bytes that it keeps when others want some (None: all it has);
     kv_hard_limit_bytes: most KV bytes it may grow to (None: no limit of its own).
@@ -97,6 +106,11 @@ class ModelEntry:
         soft, hard = self.kv_soft_limit_bytes, self.kv_hard_limit_bytes
         if soft is not None and hard is not None and soft > hard:
             raise ValueError(f"{self.id} keeps {soft} KV bytes but may have at most {hard}")
+
+    def pins(self, key: VariantKey) -> bool:
+        """Whether that variant stays. A pin is the operator's wish for what was configured; if it held what
+        clients choose, too, they could fill the memory for good."""
+        return self.pinned and key.as_configured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,7 +109,7 @@ def _may_go(
     elif record.state is not State.READY or (record.leases and not allow_busy):
         return False
     entry = view.entries[record.key.model_id]
-    if entry.pinned or (record.key in view.queue and not allow_busy):
+    if entry.pins(record.key) or (record.key in view.queue and not allow_busy):
         return False
     return allow_young or now_s - record.resident_since_s >= entry.min_residency_s
 

@@ -17,10 +17,12 @@ from pydantic_core import to_json
 from memory_efficient_gpt_server.admin_schemas import LoadBody, PlanBody, UnloadBody
 from memory_efficient_gpt_server.deps import CurrentServer, Server, body_schema, json_body, require_admin
 from memory_efficient_gpt_server.errors import NoMemoryBudgetError
+from memory_efficient_gpt_server.optimizations import wish_of
 from memory_efficient_gpt_server.registry.events import UnloadMode
 from memory_efficient_gpt_server.registry.model_view import model_view
 from memory_efficient_gpt_server.registry.owner import Registry
 from memory_efficient_gpt_server.registry.plan_view import ledger_view, plan_view
+from memory_efficient_gpt_server.registry.variants import VariantKey
 
 router = APIRouter(dependencies=[Depends(require_admin)])
 
@@ -41,13 +43,13 @@ CurrentRegistry = Annotated[Registry, Depends(registry_of)]
 @router.get("/admin/models")
 async def list_models(registry: CurrentRegistry) -> dict[str, Any]:
     """All models as the registry sees them."""
-    return {"models": [model_view(registry, model_id) for model_id in registry.models]}
+    return {"models": [model_view(registry, model.key) for model in registry.models.values()]}
 
 
 @router.get("/admin/models/{model_id}")
 async def get_model(model_id: str, registry: CurrentRegistry) -> dict[str, Any]:
     """One model."""
-    return model_view(registry, registry.hosted(model_id).id)
+    return model_view(registry, registry.hosted(model_id).key)
 
 
 @router.post("/admin/models/{model_id}/load", openapi_extra=body_schema(LoadBody))
@@ -59,8 +61,9 @@ async def load_model(
     body: Annotated[LoadBody, Depends(json_body(LoadBody, optional=True))],
 ) -> Response:
     """Load a model for no request."""
-    operation = await registry.load(model_id)
-    return await _answer(request, server, registry, model_id, operation, wait=body.wait)
+    key = await registry.choose(model_id, wish_of(body.optimizations))
+    operation = await registry.load(key)
+    return await _answer(request, server, registry, key, operation, wait=body.wait)
 
 
 @router.post("/admin/models/{model_id}/unload", openapi_extra=body_schema(UnloadBody))
@@ -72,8 +75,9 @@ async def unload_model(
     body: Annotated[UnloadBody, Depends(json_body(UnloadBody, optional=True))],
 ) -> Response:
     """Unload a model."""
-    operation = await registry.unload(model_id, UnloadMode(body.mode), body.deadline_s)
-    return await _answer(request, server, registry, model_id, operation, wait=body.wait)
+    key = await registry.choose(model_id, wish_of(body.optimizations))
+    operation = await registry.unload(key, UnloadMode(body.mode), body.deadline_s)
+    return await _answer(request, server, registry, key, operation, wait=body.wait)
 
 
 @router.post("/admin/plan", openapi_extra=body_schema(PlanBody))
@@ -81,7 +85,8 @@ async def plan_load(
     registry: CurrentRegistry, body: Annotated[PlanBody, Depends(json_body(PlanBody))]
 ) -> dict[str, Any]:
     """What loading a model would mean now. Changes nothing."""
-    return {"model": body.model, **plan_view(await registry.plan(body.model))}
+    key = await registry.choose(body.model, wish_of(body.optimizations))
+    return {"model": key.model_id, "variant": str(key), **plan_view(await registry.plan(key))}
 
 
 @router.get("/admin/memory")
@@ -94,16 +99,16 @@ async def _answer(
     request: Request,
     server: Server,
     registry: Registry,
-    model_id: str,
+    key: VariantKey,
     operation: asyncio.Future[None],
     *,
     wait: bool,
 ) -> Response:
-    """200 with the model once the operation is done, 202 while it goes on. Raises the refusal."""
+    """200 with the variant once the operation is done, 202 while it goes on. Raises the refusal."""
     if wait:
         async with server.lifecycle.running(request.receive, server.settings.request_timeout_s):
             await asyncio.shield(operation)
     if operation.done():
         operation.result()
-    view = to_json(model_view(registry, registry.hosted(model_id).id))
+    view = to_json(model_view(registry, key))
     return Response(view, 200 if operation.done() else 202, media_type="application/json")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -25,7 +25,14 @@ from memory_efficient_gpt_server.deps import (
     require_key,
 )
 from memory_efficient_gpt_server.models import ServedModel
-from memory_efficient_gpt_server.routes.dialect import FinishedChoice, Template, Usage, finite
+from memory_efficient_gpt_server.routes.dialect import (
+    FinishedChoice,
+    Template,
+    Usage,
+    finite,
+    last_event,
+    receipt_field,
+)
 from memory_efficient_gpt_server.routes.generation import GenerationResponse, Job
 from memory_efficient_gpt_server.schemas import ChatBody
 from memory_efficient_gpt_server.sse import event, json_text
@@ -86,9 +93,9 @@ class ChatDialect:
         """The choice's last event."""
         return event(to_json(self._chunk(index, {}, None, reason)))
 
-    def usage(self, usage: Usage) -> bytes:
+    def last(self, usage: Usage | None, receipt: Mapping[str, Any] | None) -> bytes:
         """The event without choices."""
-        return event(to_json({**self._common, "choices": [], "usage": usage.as_json()}))
+        return last_event(self._common, usage, receipt)
 
     def logprobs(self, tokens: Sequence[ScoredToken]) -> Any:
         """One object for each token."""
@@ -102,7 +109,9 @@ class ChatDialect:
         ]
         return {"content": content, "refusal": None}
 
-    def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:
+    def whole(
+        self, choices: Sequence[FinishedChoice], usage: Usage, receipt: Mapping[str, Any] | None
+    ) -> bytes:
         """The plain answer."""
         shown = [
             {
@@ -114,7 +123,7 @@ class ChatDialect:
             for c in choices
         ]
         answer = {**self._common, "object": "chat.completion", "choices": shown, "usage": usage.as_json()}
-        return to_json(answer)
+        return to_json(answer | receipt_field(receipt))
 
     def _chunk(self, index: int, delta: dict[str, Any], logprobs: Any, reason: str | None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}

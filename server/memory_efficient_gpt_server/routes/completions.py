@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Final
 
@@ -28,7 +28,14 @@ from memory_efficient_gpt_server.deps import (
     require_key,
 )
 from memory_efficient_gpt_server.models import ServedModel
-from memory_efficient_gpt_server.routes.dialect import FinishedChoice, Template, Usage, finite
+from memory_efficient_gpt_server.routes.dialect import (
+    FinishedChoice,
+    Template,
+    Usage,
+    finite,
+    last_event,
+    receipt_field,
+)
 from memory_efficient_gpt_server.routes.generation import GenerationResponse, Job
 from memory_efficient_gpt_server.schemas import CompletionBody
 from memory_efficient_gpt_server.sse import event, json_text
@@ -104,9 +111,9 @@ class CompletionDialect:
         """The choice's last event."""
         return event(to_json(self._chunk(index, "", None, reason)))
 
-    def usage(self, usage: Usage) -> bytes:
+    def last(self, usage: Usage | None, receipt: Mapping[str, Any] | None) -> bytes:
         """The event without choices."""
-        return event(to_json({**self._common, "choices": [], "usage": usage.as_json()}))
+        return last_event(self._common, usage, receipt)
 
     def logprobs(self, tokens: Sequence[ScoredToken]) -> Any:
         """Parallel lists; a prompt's first token has null."""
@@ -117,13 +124,16 @@ class CompletionDialect:
             "text_offset": [token.offset for token in tokens],
         }
 
-    def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:
+    def whole(
+        self, choices: Sequence[FinishedChoice], usage: Usage, receipt: Mapping[str, Any] | None
+    ) -> bytes:
         """The plain answer."""
         shown = [
             {"text": c.text, "index": c.index, "logprobs": c.logprobs, "finish_reason": c.finish_reason}
             for c in choices
         ]
-        return to_json({**self._common, "choices": shown, "usage": usage.as_json()})
+        answer = {**self._common, "choices": shown, "usage": usage.as_json(), **receipt_field(receipt)}
+        return to_json(answer)
 
     def _chunk(self, index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
         choice = {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}

@@ -7,7 +7,7 @@ Invariant: a chunk is built from bytes that were serialised once; only its text 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -62,13 +62,15 @@ class Dialect(Protocol):
     def finish(self, index: int, reason: str) -> bytes:
         """The event that ends a choice."""
 
-    def usage(self, usage: Usage) -> bytes:
-        """The event with the whole request's usage."""
+    def last(self, usage: Usage | None, receipt: Mapping[str, Any] | None) -> bytes:
+        """The event after all choices, with what was asked for; empty if nothing was."""
 
     def logprobs(self, tokens: Sequence[ScoredToken]) -> Any:
         """The format's logprobs object for the next tokens of a choice."""
 
-    def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:
+    def whole(
+        self, choices: Sequence[FinishedChoice], usage: Usage, receipt: Mapping[str, Any] | None
+    ) -> bytes:
         """The plain answer."""
 
 
@@ -86,6 +88,18 @@ class Template:
     def fill(self, value: bytes) -> bytes:
         """The event with this JSON value."""
         return self._head + value + self._tail
+
+
+def last_event(common: Mapping[str, Any], usage: Usage | None, receipt: Mapping[str, Any] | None) -> bytes:
+    """The event without choices that ends a stream; empty if there is nothing to tell."""
+    told: dict[str, Any] = {} if usage is None else {"usage": usage.as_json()}
+    told |= receipt_field(receipt)
+    return event(to_json({**common, "choices": [], **told})) if told else b""
+
+
+def receipt_field(receipt: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The field of an answer for those who asked for it."""
+    return {} if receipt is None else {"receipt": dict(receipt)}
 
 
 def finite(logprob: float) -> float:

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -23,16 +23,18 @@ from starlette.types import Receive, Scope, Send
 from memory_efficient_gpt.engine_info import EngineInfo
 from memory_efficient_gpt.errors import EngineFailedError, MegptError
 from memory_efficient_gpt.output import TextAssembler
-from memory_efficient_gpt.request import FinishReason, Request, SamplingParams, SequenceEvent
+from memory_efficient_gpt.request import Cost, FinishReason, Request, SamplingParams, SequenceEvent
 from memory_efficient_gpt_server.deps import Client, Server
 from memory_efficient_gpt_server.errors import ClientDisconnectedError, StreamStalledError, answer_for
 from memory_efficient_gpt_server.logs import RequestRecord
 from memory_efficient_gpt_server.merged_events import MergedEvents
 from memory_efficient_gpt_server.metrics import ModelMetrics
-from memory_efficient_gpt_server.models import ServedModel
-from memory_efficient_gpt_server.optimizations import check_optimizations
+from memory_efficient_gpt_server.models import ModelEngine, ServedModel
+from memory_efficient_gpt_server.optimizations import check_optimizations, check_prefix_cache, wish_of
+from memory_efficient_gpt_server.receipts import Serving, later, receipt
 from memory_efficient_gpt_server.routes.dialect import Dialect, FinishedChoice, Usage
 from memory_efficient_gpt_server.schemas import GenerationBody
+from memory_efficient_gpt_server.served_variant import takes_requests
 from memory_efficient_gpt_server.sse import DONE, SseChannel, event
 from memory_efficient_gpt_server.text import (
     Prompt,
@@ -129,7 +131,7 @@ class GenerationResponse(Response):
             async for _ in generation.progress():
                 pass
             choices = [generation.finished_choice(s) for s in generation.sequences]
-            return self._job.dialect.whole(choices, generation.usage)
+            return self._job.dialect.whole(choices, generation.usage, generation.receipt)
 
     async def _stream(self, channel: SseChannel) -> None:
         dialect = self._job.dialect
@@ -138,7 +140,8 @@ class GenerationResponse(Response):
                 if chunks := generation.chunks(touched):
                     await channel.write(chunks)
                     await self._let_tokens_gather()
-            last = dialect.usage(generation.usage) if self._job.body.include_usage else b""
+            usage = generation.usage if self._job.body.include_usage else None
+            last = dialect.last(usage, generation.receipt)
         await channel.end(last + DONE)
 
     async def _let_tokens_gather(self) -> None:
@@ -163,19 +166,24 @@ class GenerationResponse(Response):
         job, server = self._job, self._server
         sequences = job.params.n * len(job.prompts)
         guess = sum(map(estimated_tokens, job.prompts)) * job.params.n + job.charged_tokens
-        self._cold_state = "" if job.model.ready else job.model.engine.state
-        if job.body.on_cold == "fail":
-            job.model.require_warm()
-        if job.model.engine.info is not None:  # else only a load can tell
-            self._check_optimizations(job.model.engine.info)
+        wish = wish_of(job.body.optimizations)
         asked_s = time.perf_counter()
         with server.admission.reserve(self._client.id, sequences, guess) as reservation:
-            async with job.model.lease() as info:
+            variant = await job.model.choose(wish)
+            engine = variant.engine
+            self._cold_state = "" if takes_requests(engine) else engine.state
+            if job.body.on_cold == "fail":
+                variant.require_warm()
+            if engine.info is not None:  # else only a load can tell
+                self._check_optimizations(engine.info)
+            async with variant.lease() as info:
                 self._waited_s = time.perf_counter() - asked_s
                 self._check_optimizations(info)
                 prompts = await self._encode(info)
                 reservation.correct(sum(map(len, prompts)) * job.params.n + job.charged_tokens)
-                generation = Generation(job, prompts, server.metrics.of(job.model.id), self._record)
+                serving = Serving(job.model.id, variant.name, info, self._waited_s)
+                metrics = server.metrics.of(job.model.id)
+                generation = Generation(job, prompts, engine, serving, metrics, self._record)
                 try:
                     generation.submit(self._client)
                     yield generation
@@ -186,6 +194,7 @@ class GenerationResponse(Response):
 
     def _check_optimizations(self, info: EngineInfo) -> None:
         wanted, model_id = self._job.body.optimizations, self._job.model.id
+        check_prefix_cache(self._job.body.prefix_cache_field, model_id, info)
         if wanted is None:
             return
         loaded = [(other.id, other.engine.info) for other in self._server.catalog if other.id != model_id]
@@ -209,15 +218,24 @@ class Generation:
     """The sequences of one job and the text they have so far."""
 
     def __init__(
-        self, job: Job, prompts: Sequence[tuple[int, ...]], metrics: ModelMetrics, record: RequestRecord
+        self,
+        job: Job,
+        prompts: Sequence[tuple[int, ...]],
+        engine: ModelEngine,
+        serving: Serving,
+        metrics: ModelMetrics,
+        record: RequestRecord,
     ) -> None:
         self._job = job
         self._prompts = prompts
+        self._engine = engine
+        self._serving = serving
         self._metrics = metrics
         self._record = record
         self._events = MergedEvents()
         self._prompt_scores: dict[int, list[ScoredToken]] = {}
         self._cached = [0] * len(prompts)
+        self._costs: dict[int, Cost] = {}
         echoes = [self._prompt_text(number) if job.echo else "" for number in range(len(prompts))]
         self.sequences = [
             SequenceText(number * job.params.n + i, number, self._assembler(), echoes[number])
@@ -232,6 +250,13 @@ class Generation:
         completion = 0 if self._job.score_only else sum(s.num_tokens for s in self.sequences)
         return Usage(sum(map(len, self._prompts)), completion, sum(self._cached))
 
+    @property
+    def receipt(self) -> dict[str, Any] | None:
+        """What served it and what it has cost so far, for those who asked."""
+        if not self._job.body.wants_receipt:
+            return None
+        return receipt(self._serving, self._costs.values(), len(self._prompts), sum(self._cached))
+
     def submit(self, client: Client) -> None:
         """Hand every prompt to the engine. Raises MegptError."""
         body = self._job.body
@@ -243,8 +268,9 @@ class Generation:
                 client=client.id,
                 cache_salt=f"{client.id}:{body.cache_salt or ''}",
                 use_prefix_cache=body.uses_prefix_cache,
+                metered=body.wants_receipt,
             )
-            self._events.add(self._job.model.engine.submit(request))
+            self._events.add(self._engine.submit(request))
 
     async def progress(self) -> AsyncIterator[Sequence[SequenceText]]:
         """After each piece of news the sequences it is about; ends when all have finished."""
@@ -302,6 +328,8 @@ class Generation:
             raise news.error
         prompt = self._numbers[news.request_id]
         sequence = self.sequences[prompt * self._job.params.n + news.index]
+        if news.cost is not None:
+            self._costs[prompt] = later(self._costs.get(prompt), news.cost)
         if sequence.finish_reason is not None:
             return None  # it ended here, by a stop string, while this was on the way
         if news.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
@@ -317,7 +345,7 @@ class Generation:
         if self._job.score_only:
             news.token_ids, news.logprobs = [], None
         if sequence.take(news):
-            self._job.model.engine.abort(news.request_id, news.index)
+            self._engine.abort(news.request_id, news.index)
         return sequence
 
     def _time_tokens(self, sequence: SequenceText, count: int, now_s: float) -> None:

@@ -14,6 +14,8 @@ import pytest
 
 from memory_efficient_gpt_server.cli import main
 from memory_efficient_gpt_server.commands.admin_client import AdminClient, ServerRefusedError
+from memory_efficient_gpt_server.registry.choice import Choices
+from memory_efficient_gpt_server.registry.variants import VariantKey
 from tests.server.conftest import Serve
 from tests.server.registry.fake_engines import FakeHost
 from tests.server.staged_models import ADMIN, Stage, Start
@@ -237,3 +239,22 @@ def test_whatever_answers_there_is_one_sentence(answer: Any, said: str) -> None:
     with mock(answer) as client, pytest.raises(ServerRefusedError) as raised:
         client.models()
     assert said in str(raised.value) and ADMIN not in str(raised.value)
+
+
+def test_variants_have_rows_and_are_loaded_and_unloaded_by_name(stage: Start, megpt: Megpt) -> None:
+    int4, kv8 = VariantKey("A", "int4"), VariantKey("A", kv_cache_dtype="int8")
+    host = FakeHost(sizes={str(int4): 30 * MIB, "A": 60 * MIB}, budget=100 * MIB)
+    host.choices["A"] = Choices((int4, kv8))
+    host.entries["A"]["pinned"] = True
+    with stage(host) as s:
+        code, out, _ = megpt("load", "A", "--quantization", "int4", *at(s))
+        assert code == 0 and out.startswith("A[quantization=int4]: ready, loaded in 0.")
+        listed, running = (megpt(command, *at(s))[1] for command in ("models", "ps"))
+        assert [line.split()[0] for line in listed.splitlines()[1:]] == ["A", str(int4), str(kv8), "B", "C"]
+        assert [line.split()[:2] for line in running.splitlines()[1:]] == [[str(int4), "ready"]]
+        assert [m["id"] for m in json.loads(megpt("ps", "--json", *at(s))[1])["models"]] == ["A"]
+        assert "(pinned)" in listed.splitlines()[1] and "(pinned)" not in listed.splitlines()[2]
+        refused = megpt("load", "A", "--kv-cache-dtype", "fp8", *at(s))
+        assert refused[0] == 1 and "It can also be had as int4" in refused[2]
+        gone = megpt("unload", "A", "--quantization", "int4", *at(s))
+        assert gone == (0, "A[quantization=int4]: unloaded\n", "")

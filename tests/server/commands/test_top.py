@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,8 @@ from memory_efficient_gpt_server.commands.top_readings import (
     per_second,
     read,
 )
+from memory_efficient_gpt_server.registry.choice import Choices
+from memory_efficient_gpt_server.registry.variants import VariantKey
 from tests.server.registry.fake_engines import FakeHost
 from tests.server.staged_models import ADMIN, Start
 
@@ -145,3 +148,20 @@ def test_it_does_not_begin_with_a_server_that_is_not_there() -> None:
         pytest.raises(ServerRefusedError, match="reached"),
     ):
         watch(client, Console(file=io.StringIO()), 1.0, lambda _: None)
+
+
+def test_a_models_variants_are_one_row_with_all_their_requests(stage: Start, answer_ids: list[int]) -> None:
+    int4 = VariantKey("A", "int4")
+    host = FakeHost(sizes={str(int4): 30 * MIB, "A": 60 * MIB}, budget=100 * MIB)
+    host.choices["A"] = Choices((int4,))
+    with stage(host) as s, AdminClient(s.live.url, ADMIN) as client, ThreadPoolExecutor() as pool:
+        wish = {"optimizations": {"quantization": "int4"}}
+        s.ask("A", **wish)
+        engine = host.engine(str(int4))
+        engine.answer, engine.step_s = answer_ids, 0.05
+        streams = [pool.submit(s.ask, "A", max_tokens=200, **wish) for _ in range(2)]
+        s.until(lambda: engine.num_running == 2)
+        row = cells(shown(None, read(client)), "A")
+        assert row[:6] == ["A", "ready", "2", "0", "30.0", "MiB"]
+        engine.step_s = 0.0
+        assert all(stream.result(10).status_code == 200 for stream in streams)

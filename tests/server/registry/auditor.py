@@ -191,7 +191,9 @@ class Auditor:
         if reason not in (UnloadReason.BUDGET, UnloadReason.TTL):
             return
         entry = new.entries[key.model_id]
-        assert not entry.pinned, f"{key} is pinned and goes for {reason}"
+        assert not (entry.pinned and key == VariantKey(key.model_id)), (
+            f"{key} is pinned and goes for {reason}"
+        )
         if reason is UnloadReason.BUDGET and old.records[key].state not in (State.SLEEPING, State.ASLEEP):
             resident_s = now_s - self.ready_s[key]
             assert resident_s >= entry.min_residency_s, f"{key} was evicted after {resident_s} s"
@@ -248,7 +250,9 @@ class Auditor:
         fixed = 0
         for owner, entries in state.ledger.entries.items():
             record = state.records[owner] if isinstance(owner, VariantKey) else None
-            stays = record is None or state.entries[record.key.model_id].pinned
+            stays = record is None or (
+                state.entries[record.key.model_id].pinned and owner == VariantKey(record.key.model_id)
+            )
             for e in entries:
                 if e.device == device and (stays or e.stage is Stage.LEAKED):
                     fixed += e.bytes

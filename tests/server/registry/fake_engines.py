@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-from memory_efficient_gpt.errors import CheckpointError, ModelLoadError
+from memory_efficient_gpt.errors import CheckpointError, ConfigError, ModelLoadError
+from memory_efficient_gpt_server.registry.choice import Choices, Facts, facts_of
 from memory_efficient_gpt_server.registry.hosted import HostedModel, Provision
 from memory_efficient_gpt_server.registry.ledger import Budget
 from memory_efficient_gpt_server.registry.owner import Registry
@@ -23,11 +24,21 @@ from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import HOST, Estimate, ModelEntry, VariantKey
 from tests.server.scripted_model import INFO, ScriptedEngine
 
+FACTS = Facts("bf16", INFO.kv_cache_dtype)
+"""How fake models are served unless their variant says otherwise."""
+
 
 class FakeEngine(ScriptedEngine):
     """A scripted engine with a load and an end. weights_bytes: what it says it takes once it is ready."""
 
-    def __init__(self, weights_bytes: int, *, held: bool = False, fails: str | None = None) -> None:
+    def __init__(
+        self,
+        weights_bytes: int,
+        *,
+        held: bool = False,
+        fails: str | None = None,
+        facts: Facts = FACTS,
+    ) -> None:
         super().__init__([5, 6, 7], state="loading", info=None, reason="not started")
         self.pid: int | None = None
         self.started = False
@@ -36,6 +47,7 @@ class FakeEngine(ScriptedEngine):
         self.may_close.set()
         self.fails = fails
         self._weights_bytes = weights_bytes
+        self._facts = facts
         if not held:
             self.may_load.set()
 
@@ -49,7 +61,13 @@ class FakeEngine(ScriptedEngine):
         if self.fails is not None:
             self.state, self.reason = "failed", self.fails
             raise ModelLoadError(f"it is failed: {self.fails}")
-        self.info = replace(INFO, weights_bytes=self._weights_bytes, kv_cache_bytes=0)
+        self.info = replace(
+            INFO,
+            weights_bytes=self._weights_bytes,
+            kv_cache_bytes=0,
+            quantization=None if self._facts.quantization == "bf16" else self._facts.quantization,
+            kv_cache_dtype=self._facts.kv_cache_dtype,
+        )
         self.state, self.reason = "ready", None
 
     async def close(self, drain_s: float = 0.0) -> None:
@@ -61,7 +79,10 @@ class FakeEngine(ScriptedEngine):
 class FakeHost:
     """Models A, B and C of 60 bytes on a device of 100, unless told otherwise.
 
-    held: loads wait for `finish`. broken: checkpoints that can't be looked at, by id.
+    All of these go by a model's id, or by a variant's name. held: loads wait for `finish`. broken:
+    checkpoints that can't be looked at. impossible: variants that can't be had, and why. choices: what
+    requests may choose, and facts: how it is served, both by model id. A variant has the size of its model
+    unless `sizes` says otherwise.
     """
 
     def __init__(self, *, sizes: dict[str, int] | None = None, budget: int = 100, **policy: Any) -> None:
@@ -70,6 +91,9 @@ class FakeHost:
         self.fails: dict[str, str] = {}
         self.broken: set[str] = set()
         self.sizes = {"A": 60, "B": 60, "C": 60} | (sizes or {})
+        self.impossible: dict[str, str] = {}
+        self.facts: dict[str, Facts] = {}
+        self.choices: dict[str, Choices] = {}
         self.entries: dict[str, dict[str, Any]] = defaultdict(dict)
         self.at_start: set[str] = set()
         self._budget = budget
@@ -89,27 +113,38 @@ class FakeHost:
 
     def make(self) -> Registry:
         """A registry that is not started."""
-        return Registry(map(self._hosted, self.sizes), {HOST: Budget(self._budget)}, self._policy)
+        models = [name for name in self.sizes if "[" not in name]
+        return Registry(map(self._hosted, models), {HOST: Budget(self._budget)}, self._policy)
 
     def engine(self, model_id: str) -> FakeEngine:
-        """The model's latest."""
+        """The latest of a model, or of a variant by its name."""
         return self.engines[model_id][-1]
 
     def _hosted(self, model_id: str) -> HostedModel:
         entry = ModelEntry(id=model_id, source="x", **self.entries[model_id])
-        return HostedModel(
-            entry, VariantKey(model_id), lambda: self._provide(model_id), model_id in self.at_start
-        )
+        choices = self.choices.get(model_id, Choices())
+        return HostedModel(entry, VariantKey(model_id), self._provide, model_id in self.at_start, choices)
 
-    def _provide(self, model_id: str) -> Provision:
-        if model_id in self.broken:
+    def _provide(self, key: VariantKey) -> Provision:
+        name = str(key)
+        if name in self.broken:
             raise CheckpointError("weights.safetensors is truncated. Download it again.")
-        estimate = Estimate(device=HOST, weights_bytes=self.sizes[model_id])
-        return Provision(estimate, lambda: self._make(model_id))
+        if name in self.impossible:
+            raise ConfigError([self.impossible[name]])
+        estimate = Estimate(device=HOST, weights_bytes=self._size(key))
+        return Provision(estimate, lambda: self._make(key), self._served(key))
 
-    def _make(self, model_id: str) -> FakeEngine:
-        engine = FakeEngine(self.sizes[model_id], held=model_id in self.held, fails=self.fails.get(model_id))
-        self.engines[model_id].append(engine)
+    def _served(self, key: VariantKey) -> Facts:
+        return facts_of(key, self.facts.get(key.model_id, FACTS))
+
+    def _size(self, key: VariantKey) -> int:
+        return self.sizes.get(str(key), self.sizes[key.model_id])
+
+    def _make(self, key: VariantKey) -> FakeEngine:
+        name, facts = str(key), self._served(key)
+        fails = self.fails.get(name)
+        engine = FakeEngine(self._size(key), held=name in self.held, fails=fails, facts=facts)
+        self.engines[name].append(engine)
         return engine
 
 

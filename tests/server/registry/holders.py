@@ -5,22 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from memory_efficient_gpt_server.registry.owner import Registry
+from memory_efficient_gpt_server.registry.owner import Named, Registry
 
 
-async def leased(registry: Registry, model_id: str, wait_s: float | None = None) -> None:
+async def leased(registry: Registry, model_id: Named, wait_s: float | None = None) -> None:
     async with registry.lease(model_id, wait_s):
         pass
 
 
-async def hold(registry: Registry, model_id: str, entered: asyncio.Event) -> None:
+async def hold(registry: Registry, model_id: Named, entered: asyncio.Event) -> None:
     """Hold a lease until cancelled."""
     async with registry.lease(model_id):
         entered.set()
         await asyncio.Event().wait()
 
 
-async def holder(registry: Registry, model_id: str) -> asyncio.Task[None]:
+async def holder(registry: Registry, model_id: Named) -> asyncio.Task[None]:
     """A task that holds a lease."""
     entered = asyncio.Event()
     task = asyncio.create_task(hold(registry, model_id, entered))

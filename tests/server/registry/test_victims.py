@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from memory_efficient_gpt_server.registry.events import AdminSleep
+from memory_efficient_gpt_server.registry.effects import RefusalKind, Refuse
+from memory_efficient_gpt_server.registry.events import AdminSleep, AdminUnload, UnloadMode
 from memory_efficient_gpt_server.registry.ledger import Budget
 from memory_efficient_gpt_server.registry.records import Policy
+from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import HOST, VariantKey
 from memory_efficient_gpt_server.registry.victims import Way, choose_victims
 from tests.server.registry.registry_driver import GPU, A, B, C, Driver, size
@@ -110,3 +112,15 @@ def test_what_cannot_be_covered_is_said() -> None:
     driver = _loaded((A, 60, 1.0))
     assert not choose_victims(driver.state, {GPU: 61}, driver.now_s).covered
     assert not choose_victims(driver.state, {GPU: 1}, driver.now_s, exclude=(A,)).covered
+
+
+def test_a_pin_holds_the_model_as_configured_and_not_the_variants_that_clients_choose() -> None:
+    variant = VariantKey("A", "int4")
+    driver = Driver(pinned=True)
+    driver.load_idle(A, size(40))
+    driver.load_idle(variant, size(40))
+    driver.ask(B, size(40))
+    assert driver.record(variant).state is State.UNLOADING and driver.record(A).state is State.READY
+    driver.gone(variant)
+    driver.feed(AdminUnload(99, A, UnloadMode.DRAIN))
+    assert driver.only(Refuse).kind is RefusalKind.MODEL_PINNED
