@@ -103,10 +103,18 @@ class StepGraphs:
             self._on_stream(record)
         except RuntimeError as error:
             self._give_up(f"the model can't be captured ({str(error).splitlines()[0][:200]})")
+            self._on_stream(self._capture_nothing)
             return None
         self._graphs[kind] = graph
         self.captured += 1
         return graph
+
+    def _capture_nothing(self) -> None:
+        """After a capture that failed torch's random generator believes that one goes on; this ends it."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        torch.zeros(1, device=self._steps.device)
+        graph.capture_end()
 
     def _give_up(self, reason: str) -> None:
         self.obstacle = reason
