@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -201,6 +201,7 @@ def build(
     if device.type == "cuda":
         obstacle = runner.check_graphs(_vocab_size(model))
         notes = (*notes, "CUDA graphs" if obstacle is None else f"no CUDA graphs: {obstacle}")
+        decision = decision if obstacle is not None else replace(decision, tier="A")
     info = _info(model, decision, name, device, max_len, eos, backend, pool, notes, config.prefix_cache)
     scheduler_config = SchedulerConfig(
         max_num_seqs=config.max_num_seqs,

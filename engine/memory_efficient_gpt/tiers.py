@@ -44,7 +44,8 @@ _RECURRENT_KINDS: Final = frozenset(
     ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "hybrid", "hybrid_sliding")
 )
 
-Tier = Literal["B", "C"]
+Tier = Literal["A", "B", "C"]
+"""A is B with CUDA graphs: for the device to find out (assembly.py), not for the probe."""
 
 
 @dataclass(frozen=True, slots=True)
