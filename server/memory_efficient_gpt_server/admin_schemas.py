@@ -7,7 +7,7 @@ Invariant: as in schemas.py: every field is used, numbers are finite, nothing is
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -46,3 +46,36 @@ class PlanBody(StrictModel):
 
     model: str
     optimizations: LoadOptions | None = None
+
+
+class PatchModelBody(StrictModel):
+    """Body of PATCH /admin/models/{id}: what is to change; the rest stays. Times in seconds.
+
+    pinned: whether it stays loaded once it is. ttl_s: idle seconds after which it is unloaded; null: never.
+    min_residency_s: seconds after a load in which it is not evicted for others. priority: greater ones are
+    loaded first and evicted last.
+    """
+
+    pinned: bool = False
+    ttl_s: float | None = Field(None, gt=0)
+    min_residency_s: float = Field(0.0, ge=0)
+    priority: int = Field(0, ge=-(1 << 31), lt=1 << 31)
+
+    @model_validator(mode="after")
+    def _check_any(self) -> Self:
+        if not self.model_fields_set:
+            text = f"Nothing is to change. Give at least one of {', '.join(type(self).model_fields)}."
+            raise PydanticCustomError("sentence", "{text}", {"text": text})
+        return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that were given."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
+
+class PatchMemoryBody(StrictModel):
+    """Body of PATCH /admin/memory: a device of GET /admin/memory, and what models may take there."""
+
+    device: str
+    budget_bytes: int = Field(ge=1, lt=1 << 62)

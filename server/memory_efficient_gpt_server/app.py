@@ -25,7 +25,17 @@ from memory_efficient_gpt_server.lifecycle import Lifecycle
 from memory_efficient_gpt_server.metrics import Metrics
 from memory_efficient_gpt_server.middleware import RequestScope
 from memory_efficient_gpt_server.models import ModelCatalog
-from memory_efficient_gpt_server.routes import admin, chat, completions, health, models, tokenize
+from memory_efficient_gpt_server.routes import (
+    admin,
+    admin_changes,
+    admin_events,
+    admin_operations,
+    chat,
+    completions,
+    health,
+    models,
+    tokenize,
+)
 from memory_efficient_gpt_server.settings import Settings
 from memory_efficient_gpt_server.text import TextPool
 
@@ -37,6 +47,9 @@ ROUTERS: Final = (
     models.router,
     tokenize.router,
     admin.router,
+    admin_operations.router,
+    admin_events.router,
+    admin_changes.router,
     health.open_router,
     health.metrics_router,
     health.about_router,

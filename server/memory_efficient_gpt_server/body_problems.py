@@ -66,6 +66,8 @@ def _problem_of(error: ValidationError) -> tuple[str, str | None]:
 
 def _sentence(item: Mapping[str, Any]) -> str:
     path, kind, message = _path(item["loc"]), item["type"], item["msg"]
+    if kind == "value_error":  # of the settings' own checks, which know no paths
+        return f"{path} {message.removeprefix('Value error, ').removesuffix('.')}.".lstrip()
     if kind == "json_invalid":
         return f"The body is not valid JSON: {message.removeprefix('Invalid JSON: ')}."
     if not path:

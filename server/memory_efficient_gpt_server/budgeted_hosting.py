@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from memory_efficient_gpt.config import EngineConfig, KVCacheDtype
 from memory_efficient_gpt.errors import CheckpointError, ConfigError
 from memory_efficient_gpt.loading import quantization_settings, resolve_model
 from memory_efficient_gpt.tokenizer import Tokenizer
+from memory_efficient_gpt_server.cpus import num_usable_cpus
 from memory_efficient_gpt_server.generation_defaults import generation_defaults
 from memory_efficient_gpt_server.model_settings import ModelSettings
 from memory_efficient_gpt_server.models import ModelCatalog, ServedModel
@@ -47,20 +48,62 @@ def budgeted_catalog(
     """All models, none of them started. Raises ModelNotFoundError, CheckpointError, ConfigError."""
     folders = {model.id: resolve_model(model.model, model.revision) for model, _ in chosen}
     hosted = [
-        HostedModel(
-            _entry(model),
-            VariantKey(model.id),
-            cache(partial(_provide, config, budget_bytes, worker_log_level, worker_log_json)),
-            at_start=model.load == "start",
-            choices=_choices(model, folders[model.id]),
-        )
+        _hosted(model, config, folders[model.id], budget_bytes, worker_log_level, worker_log_json)
         for model, config in chosen
     ]
     _require_choosable(hosted)
     budgets = _budgets(chosen, budget_bytes)
     _require_room(hosted, budgets)
     registry = Registry(hosted, budgets, policy)
-    return ModelCatalog((_served(model, folders[model.id], registry) for model, _ in chosen), registry)
+    served = [_served(model, folders[model.id])(registry) for model, _ in chosen]
+    return ModelCatalog(served, registry, BudgetedMaker(len(chosen), worker_log_level, worker_log_json))
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetedMaker:
+    """Makes models that come while the server runs: a ModelMaker.
+
+    num_models: those that share the CPU threads from the start; later ones get about as many as those.
+    """
+
+    num_models: int
+    log_level: str
+    log_json: bool
+
+    def make(
+        self, model: ModelSettings, budgets: Mapping[str, int]
+    ) -> tuple[HostedModel, Callable[[Registry], ServedModel]]:
+        """See ModelMaker."""
+        folder = resolve_model(model.model, model.revision)
+        served, config = _served(model, folder), model.engine_config()
+        device = compute_device(config)
+        if device not in budgets:
+            raise ConfigError(
+                [f"device {device} has no memory budget; those with one: {', '.join(budgets)}."]
+            )
+        if config.num_threads is None:
+            share = max(1, num_usable_cpus() // (self.num_models + 1))
+            config = replace(config, num_threads=share)
+        hosted = _hosted(model, config, folder, budgets[device], self.log_level, self.log_json)
+        _require_choosable([hosted])
+        return hosted, served
+
+
+def _hosted(
+    model: ModelSettings,
+    config: EngineConfig,
+    folder: Path,
+    budget_bytes: int,
+    log_level: str,
+    log_json: bool,
+) -> HostedModel:
+    return HostedModel(
+        _entry(model),
+        VariantKey(model.id),
+        cache(partial(_provide, config, budget_bytes, log_level, log_json)),
+        at_start=model.load == "start",
+        choices=_choices(model, folder),
+    )
 
 
 def _entry(model: ModelSettings) -> ModelEntry:
@@ -113,14 +156,16 @@ def _provide(
     )
 
 
-def _served(model: ModelSettings, folder: Path, registry: Registry) -> ServedModel:
-    return ServedModel(
+def _served(model: ModelSettings, folder: Path) -> Callable[[Registry], ServedModel]:
+    """What makes the model that the API offers, once the registry knows it. Raises CheckpointError."""
+    defaults, vocab_size = generation_defaults(folder), _vocab_size(folder)
+    return lambda registry: ServedModel(
         id=model.id,
         engine=registry.engine(model.id),
         tokenizer_source=partial(Tokenizer.load, folder),
-        generation_defaults=generation_defaults(folder),
+        generation_defaults=defaults,
         registry=registry,
-        config_vocab_size=_vocab_size(folder),
+        config_vocab_size=vocab_size,
         aliases=model.aliases,
     )
 

@@ -164,6 +164,28 @@ class WrongStateError(ConflictError):
     code = "wrong_state"
 
 
+class ModelExistsError(ConflictError):
+    """There is a model of that id already."""
+
+    code = "model_exists"
+
+
+class BudgetTooSmallError(ConflictError):
+    """A budget below what can't be freed. `details`: the figures, for the error's body."""
+
+    code = "budget_too_small"
+
+    def __init__(self, message: str, details: Mapping[str, Any]) -> None:
+        super().__init__(message, param="budget_bytes")
+        self.details = details
+
+
+class OperationNotFoundError(MegptError):
+    """No operation of that id is known."""
+
+    code = "operation_not_found"
+
+
 class NoMemoryBudgetError(ConflictError):
     """The server keeps all its models loaded, so there is nothing to administer."""
 
@@ -183,6 +205,7 @@ _KINDS: Final[dict[type[BaseException], ErrorKind]] = {
     AuthenticationError: ErrorKind(401, "authentication_error"),
     AdminRequiredError: ErrorKind(403, "permission_error"),
     ModelNotFoundError: ErrorKind(404, "invalid_request_error"),
+    OperationNotFoundError: ErrorKind(404, "invalid_request_error"),
     BodyTimeoutError: ErrorKind(408, "invalid_request_error"),
     BodyTooLargeError: ErrorKind(413, "invalid_request_error"),
     UnsupportedMediaTypeError: ErrorKind(415, "invalid_request_error"),
@@ -235,7 +258,7 @@ def answer_for(error: BaseException, request_id: str) -> ErrorAnswer:
     if not isinstance(error, MegptError) or kind is _INTERNAL:
         message = f"The server failed on this request; its log has the details under id {request_id}."
         return ErrorAnswer(kind.status, message, kind.type, MegptError.code)
-    details = error.details if isinstance(error, InsufficientMemoryError) else {}
+    details = error.details if isinstance(error, InsufficientMemoryError | BudgetTooSmallError) else {}
     return ErrorAnswer(
         kind.status, error.message, kind.type, error.code, error.param, _headers(error, kind), details
     )

@@ -8,11 +8,11 @@ Invariant: torch is not imported here unless there is a memory budget; weights a
 from __future__ import annotations
 
 import logging
-import os
 
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.loading import resolve_model
 from memory_efficient_gpt.tokenizer import Tokenizer
+from memory_efficient_gpt_server.cpus import num_usable_cpus
 from memory_efficient_gpt_server.generation_defaults import generation_defaults
 from memory_efficient_gpt_server.model_settings import ModelSettings
 from memory_efficient_gpt_server.models import ModelCatalog, ServedModel
@@ -50,11 +50,6 @@ def build_catalog(settings: Settings, *, worker_log_level: str, worker_log_json:
         _served(model, config, worker_log_level, worker_log_json)
         for model, config in zip(chosen, configs, strict=True)
     )
-
-
-def num_usable_cpus() -> int:
-    """CPUs this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _served(model: ModelSettings, config: EngineConfig, log_level: str, log_json: bool) -> ServedModel:

@@ -75,6 +75,7 @@ class Lifecycle:
         self._none_running = asyncio.Event()
         self._none_running.set()
         self.draining = False
+        self.drain_begun = asyncio.Event()
 
     @property
     def num_running(self) -> int:
@@ -88,6 +89,7 @@ class Lifecycle:
     def begin_drain(self) -> None:
         """From now on refuse new requests. Those under way go on."""
         self.draining = True
+        self.drain_begun.set()
 
     async def drained(self, timeout_s: float) -> bool:
         """Wait for the requests under way; those left after `timeout_s` are stopped with an error.

@@ -90,14 +90,14 @@ class Metrics(Collector):
     def __init__(self, catalog: ModelCatalog, admission: Admission) -> None:
         self._catalog = catalog
         self._admission = admission
-        self._models = {model.id: ModelMetrics() for model in catalog}
+        self._models: dict[str, ModelMetrics] = {}
         self._http: Counter[tuple[str, str, int]] = Counter()
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
     def of(self, model_id: str) -> ModelMetrics:
         """The numbers of a registered model."""
-        return self._models[model_id]
+        return self._models.setdefault(model_id, ModelMetrics())
 
     def count_http(self, route: str, method: str, status: int) -> None:
         """An HTTP request has been answered (499: the client left first)."""
@@ -126,9 +126,9 @@ class Metrics(Collector):
     def _model_histograms(self) -> Iterator[Metric]:
         for name, text, attribute in _HISTOGRAMS:
             family = HistogramMetricFamily(f"megpt_{name}", text, labels=["model_name"])
-            for model_id, metrics in self._models.items():
-                buckets, total = getattr(metrics, attribute).cumulative()
-                family.add_metric([model_id], buckets, total)
+            for model in self._catalog:
+                buckets, total = getattr(self.of(model.id), attribute).cumulative()
+                family.add_metric([model.id], buckets, total)
             yield family
 
     def _engine_metrics(self) -> Iterator[Metric]:
@@ -150,9 +150,9 @@ class Metrics(Collector):
             "Sequences finished, by reason.",
             labels=["model_name", "finished_reason"],
         )
-        for model_id, metrics in self._models.items():
-            for reason, count in sorted(metrics.finished.items()):
-                family.add_metric([model_id, reason], count)
+        for model in self._catalog:
+            for reason, count in sorted(self.of(model.id).finished.items()):
+                family.add_metric([model.id, reason], count)
         return family
 
     def _states(self) -> Metric:

@@ -21,7 +21,9 @@ from memory_efficient_gpt_server.served_variant import ServedVariant, takes_requ
 
 if TYPE_CHECKING:
     from memory_efficient_gpt.tokenizer import Tokenizer
+    from memory_efficient_gpt_server.model_settings import ModelSettings
     from memory_efficient_gpt_server.registry.choice import Wish
+    from memory_efficient_gpt_server.registry.hosted import HostedModel
     from memory_efficient_gpt_server.registry.owner import Registry
     from memory_efficient_gpt_server.registry.variants import VariantKey
 
@@ -103,6 +105,19 @@ class ModelRegistry(Protocol):
         """Whether the server is not ready for want of this model."""
 
 
+class ModelMaker(Protocol):
+    """Makes models while the server runs."""
+
+    def make(
+        self, model: ModelSettings, budgets: Mapping[str, int]
+    ) -> tuple[HostedModel, Callable[[Registry], ServedModel]]:
+        """What the registry needs of a model, and what makes its offer once the registry knows it.
+
+        Takes its time (it may download a hub model): call it in a thread. budgets: bytes by device.
+        Raises ModelNotFoundError, CheckpointError; ConfigError for a device that is not there or has none.
+        """
+
+
 @dataclass(slots=True)
 class ServedModel:
     """A model as the API offers it. `engine` serves it as it is configured.
@@ -181,17 +196,23 @@ class ServedModel:
 
 
 class ModelCatalog:
-    """All models of this server: id -> ServedModel. registry: loads them on demand, if there is a budget."""
+    """All models of this server: id -> ServedModel. registry: loads them on demand, if there is a budget.
+    maker: makes more of them while the server runs."""
 
-    def __init__(self, models: Iterable[ServedModel], registry: Registry | None = None) -> None:
+    def __init__(
+        self,
+        models: Iterable[ServedModel],
+        registry: Registry | None = None,
+        maker: ModelMaker | None = None,
+    ) -> None:
         self.registry = registry
+        self.maker = maker
         self._models: dict[str, ServedModel] = {}
         self._by_alias: dict[str, ServedModel] = {}
         for model in models:
             if model.id in self._models:
                 raise ValueError(f"two models have the id {model.id!r}")
-            self._models[model.id] = model
-            self._by_alias |= dict.fromkeys(model.aliases, model)
+            self.add(model)
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())
@@ -206,6 +227,18 @@ class ModelCatalog:
             known = ", ".join(sorted(self._models)) or "none"
             raise ModelNotFoundError(f"There is no model {name[:80]!r} here. Models: {known}.", param="model")
         return model
+
+    def add(self, model: ServedModel) -> None:
+        """Offer one more model, whose id and aliases must be free."""
+        assert model.id not in self._models, f"{model.id} is there already"
+        self._models[model.id] = model
+        self._by_alias |= dict.fromkeys(model.aliases, model)
+
+    def remove(self, model_id: str) -> None:
+        """Offer a model no more; unknown ones are fine."""
+        model = self._models.pop(model_id, None)
+        for alias in model.aliases if model is not None else ():
+            del self._by_alias[alias]
 
     def start(self) -> None:
         """Begin to load every model, or those that the registry loads at start."""

@@ -29,6 +29,12 @@ def event(payload: bytes) -> bytes:
     return b"data: " + payload + b"\n\n"
 
 
+def named_event(name: str, payload: bytes, event_id: str | None = None) -> bytes:
+    """An event with a name, and an id if a reader may go on after it. Both must be of one line."""
+    identity = b"" if event_id is None else b"id: " + event_id.encode() + b"\n"
+    return identity + b"event: " + name.encode() + b"\ndata: " + payload + b"\n\n"
+
+
 def json_text(text: str) -> bytes:
     """`text` as a JSON string, in ASCII."""
     return encode_basestring_ascii(text).encode()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from memory_efficient_gpt.errors import CheckpointError, ConfigError
 from memory_efficient_gpt.tokenizer import Tokenizer
+from memory_efficient_gpt_server.model_settings import ModelSettings
 from memory_efficient_gpt_server.models import ModelCatalog, ServedModel
+from memory_efficient_gpt_server.registry.hosted import HostedModel
 from memory_efficient_gpt_server.registry.owner import Registry
 from tests.server.registry.fake_engines import FakeHost
 
@@ -48,6 +51,36 @@ class Stage:
         self.live.call(self.host.engine(model).may_load.set)
 
 
+@dataclass(frozen=True)
+class FakeMaker:
+    """Makes models of a FakeHost, of 60 bytes unless it has other sizes for them."""
+
+    host: FakeHost
+    tokenizer: Tokenizer
+
+    def make(
+        self, model: ModelSettings, budgets: Mapping[str, int]
+    ) -> tuple[HostedModel, Callable[[Registry], ServedModel]]:
+        if model.id in self.host.broken:
+            raise CheckpointError("config.json names no vocab_size.")
+        if model.device not in ("auto", *budgets):
+            raise ConfigError([f"device {model.device} has no memory budget."])
+        self.host.sizes.setdefault(model.id, 60)
+        given = {name: getattr(model, name) for name in ("pinned", "ttl_s", "min_residency_s", "priority")}
+        self.host.entries[model.id] = {"source": model.model, **given}
+
+        def served(registry: Registry) -> ServedModel:
+            return served_model(model.id, registry, self.tokenizer)
+
+        return self.host.hosted(model.id), served
+
+
+def served_model(model_id: str, registry: Registry, tokenizer: Tokenizer) -> ServedModel:
+    """As the API offers it."""
+    engine = registry.engine(model_id)
+    return ServedModel(model_id, engine, lambda: tokenizer, registry=registry, config_vocab_size=4096)
+
+
 Start = Callable[..., contextlib.AbstractContextManager[Stage]]
 
 
@@ -58,16 +91,12 @@ def stage_starter(serve: Serve, tokenizer: Tokenizer) -> Start:
     def start(host: FakeHost | None = None, **settings: Any) -> Iterator[Stage]:
         host = host or FakeHost()
         registry = host.make()
-        models = [
-            ServedModel(
-                model.id, registry.engine(model.id), lambda: tokenizer, registry=registry,
-                config_vocab_size=4096, aliases=model.entry.aliases,
-            )
-            for model in registry.models.values()
-        ]  # fmt: skip
+        models = [served_model(model_id, registry, tokenizer) for model_id in registry.models]
         options = {"admin_key": ADMIN, **settings}
         with (
-            serve(catalog=lambda _: ModelCatalog(models, registry), **options) as live,
+            serve(
+                catalog=lambda _: ModelCatalog(models, registry, FakeMaker(host, tokenizer)), **options
+            ) as live,
             live.client(headers=AS_ADMIN) as client,
         ):
             yield Stage(live, host, registry, client)

@@ -146,6 +146,23 @@ def test_a_killed_worker_comes_back(client: httpx.Client, live: LiveServer) -> N
         time.sleep(0.05)
 
 
+def test_a_model_that_comes_later_is_served_as_the_others(client: httpx.Client, demo_folder: Path) -> None:
+    body = {"id": "later", "model": "demo", "num_kv_blocks": BLOCKS, "priority": 1}
+    made = client.post("/admin/models", json=body)
+    assert (made.status_code, made.json()["state"]) == (201, "unloaded")
+    assert_error(client.post("/admin/models", json={**body, "id": "x", "model": str(demo_folder)}), 400)
+    texts = {ask(client, name, temperature=0).json()["choices"][0]["text"] for name in ("first", "later")}
+    assert len(texts) == 1 and states(client)["first"] == "unloaded"
+    assert client.post("/admin/models/later/unload", json={"wait": True}).status_code == 200
+    assert client.delete("/admin/models/later").json() == {"id": "later", "removed": True}
+    assert_error(ask(client, "later"), 404, code="model_not_found")
+
+
+def test_a_later_model_on_a_device_without_a_budget_is_refused(client: httpx.Client) -> None:
+    answer = client.post("/admin/models", json={"id": "later", "model": "demo", "device": "cuda:7"})
+    assert "cuda:7" in assert_error(answer, 400) and "later" not in states(client)
+
+
 def test_what_is_to_be_loaded_at_start_must_fit_together(one_model_bytes: int) -> None:
     models = [{"id": name, "model": "demo", "num_kv_blocks": BLOCKS} for name in ("a", "b")]
     settings = load_settings({"models": models, "memory_budget_bytes": one_model_bytes * 3 // 2}, {}).settings

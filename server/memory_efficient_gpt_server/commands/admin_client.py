@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import quote
 
 from memory_efficient_gpt.errors import ConfigError, MegptError
+from memory_efficient_gpt_server.commands.event_lines import ServerEvent, read_events
 from memory_efficient_gpt_server.commands.options import ADMIN_KEY_ENV
 from memory_efficient_gpt_server.commands.tables import one_line
 
@@ -86,12 +87,40 @@ class AdminClient:
 
     def operate(self, model: str, operation: str, body: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
         """Load or unload: whether it is done, and the model as it is now. A wait has no time limit."""
+        path = f"{self._path_of(model)}/{operation}"
+        response = self._send("POST", path, body, timeout_s=None if body["wait"] else ANSWER_TIMEOUT_S)
+        return response.status_code == 200, self._json(response, "state")
+
+    def change(self, model: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """Change a model's settings; the model as it is now."""
+        return self._json(self._send("PATCH", self._path_of(model), settings), "state")
+
+    def queue(self) -> dict[str, Any]:
+        """Who waits for which model."""
+        return self._json(self._send("GET", "/admin/queue"), "groups")
+
+    def events(self, after: str | None = None) -> Iterator[ServerEvent]:
+        """What happens to models, until the server ends the stream. after: the id of the last event read."""
+        import httpx
+
+        headers = {} if after is None else {"Last-Event-ID": after}
+        timeout = httpx.Timeout(ANSWER_TIMEOUT_S, read=None)  # nothing may happen for hours
+        try:
+            with self._client.stream("GET", "/admin/events", headers=headers, timeout=timeout) as response:
+                if not response.is_success:
+                    response.read()
+                    raise ServerRefusedError(self._why(response))
+                if not response.headers.get("content-type", "").startswith("text/event-stream"):
+                    raise ServerRefusedError(self._no_server_there(response))
+                yield from read_events(response.iter_lines())
+        except httpx.HTTPError as error:
+            raise ServerRefusedError(self._unreachable(error)) from None
+
+    def _path_of(self, model: str) -> str:
         if "/" in model:  # no id has one, and the server would take it for another path
             known = ", ".join(sorted(found["id"] for found in self.models()))
             raise ServerRefusedError(f"There is no model {model!r} here. Models: {known}.")
-        path = f"/admin/models/{quote(model, safe='')}/{operation}"
-        response = self._send("POST", path, body, timeout_s=None if body["wait"] else ANSWER_TIMEOUT_S)
-        return response.status_code == 200, self._json(response, "state")
+        return f"/admin/models/{quote(model, safe='')}"
 
     def _send(
         self,
@@ -110,10 +139,7 @@ class AdminClient:
                 f"The server at {self.url} did not answer within {ANSWER_TIMEOUT_S:g} s. Try again later."
             ) from None
         except httpx.HTTPError as error:
-            raise ServerRefusedError(
-                f"The server at {self.url} can't be reached: {error}. Is it running? Start one with "
-                "`megpt serve --config configs/many_models.yaml`, or give another --url."
-            ) from None
+            raise ServerRefusedError(self._unreachable(error)) from None
         if response.is_success:
             return response
         raise ServerRefusedError(self._why(response))
@@ -127,6 +153,12 @@ class AdminClient:
         if not isinstance(found, dict) or field not in found:
             raise ServerRefusedError(self._no_server_there(response))
         return found
+
+    def _unreachable(self, error: Exception) -> str:
+        return (
+            f"The server at {self.url} can't be reached: {error}. Is it running? Start one with "
+            "`megpt serve --config configs/many_models.yaml`, or give another --url."
+        )
 
     def _no_server_there(self, response: httpx.Response) -> str:
         return (

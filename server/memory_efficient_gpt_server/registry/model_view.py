@@ -16,15 +16,15 @@ from memory_efficient_gpt_server.registry.variants import Estimate, VariantKey
 
 def model_view(registry: Registry, key: VariantKey) -> dict[str, Any]:
     """A registered model: the facts of the variant `key`, its settings, and all its variants in short."""
-    model = registry.models[key.model_id]
+    model, entry = registry.models[key.model_id], registry.entry(key.model_id)
     return {
         "id": model.id,
-        "aliases": list(model.entry.aliases),
+        "aliases": list(entry.aliases),
         **variant_view(registry, key),
-        "pinned": model.entry.pins(key),
-        "ttl_s": model.entry.ttl_s,
-        "min_residency_s": model.entry.min_residency_s,
-        "priority": model.entry.priority,
+        "pinned": entry.pins(key),
+        "ttl_s": entry.ttl_s,
+        "min_residency_s": entry.min_residency_s,
+        "priority": entry.priority,
         "load": "start" if model.at_start and key == model.key else "on_demand",
         "any_variant": model.choices.any,
         "variants": [variant_view(registry, variant) for variant in registry.variants(model.id)],

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final
+from typing import Any, Final
 
 from memory_efficient_gpt.errors import MegptError, ModelNotFoundError
 from memory_efficient_gpt_server.models import ModelEngine
@@ -36,13 +36,19 @@ from memory_efficient_gpt_server.registry.events import (
     LeaseReleased,
     Left,
     Loaded,
+    Patched,
+    Removed,
     Tick,
     UnloadMode,
 )
+from memory_efficient_gpt_server.registry.happenings import happenings
 from memory_efficient_gpt_server.registry.hosted import HostedModel, LoadableEngine
+from memory_efficient_gpt_server.registry.journal import Journal
 from memory_efficient_gpt_server.registry.lease import Lease
 from memory_efficient_gpt_server.registry.ledger import Budget
 from memory_efficient_gpt_server.registry.managed_engine import ManagedEngine
+from memory_efficient_gpt_server.registry.operations import Operation, Operations
+from memory_efficient_gpt_server.registry.operations import Wish as AdminWish
 from memory_efficient_gpt_server.registry.planning import LoadRequest, Plan, plan
 from memory_efficient_gpt_server.registry.processes import Processes
 from memory_efficient_gpt_server.registry.provisions import Provisions
@@ -51,7 +57,7 @@ from memory_efficient_gpt_server.registry.reducer import step
 from memory_efficient_gpt_server.registry.refusals import abort_error, error_for
 from memory_efficient_gpt_server.registry.states import Life, State
 from memory_efficient_gpt_server.registry.tally import Tally
-from memory_efficient_gpt_server.registry.variants import VariantKey, find_entry
+from memory_efficient_gpt_server.registry.variants import ModelEntry, VariantKey, find_entry
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +84,16 @@ class Registry:
         self.models = {model.id: model for model in models}
         self.state = RegistryState.initial(budgets, {m.id: m.entry for m in self.models.values()}, policy)
         self.tally = Tally()
+        self.journal = Journal()
+        self.operations = Operations(self.journal.add)
+        self.changing = asyncio.Lock()
+        """Held by whoever reads settings and then changes them (changes.py)."""
         self._provisions = Provisions(self.models)
         self._chooser = Chooser(self.models, self._provisions)
         self._processes = Processes(self._make_engine, self._post, self._outlive, self.tally)
         self._engines: dict[VariantKey, ManagedEngine] = {}
         self._clock = clock
-        self._inbox: asyncio.Queue[tuple[Event, asyncio.Future[None] | None]] = asyncio.Queue()
+        self._inbox: asyncio.Queue[tuple[Event, asyncio.Future[bool] | None]] = asyncio.Queue()
         self._answers = Answers()
         self._leases: dict[int, Lease] = {}
         self._loaded_once: set[str] = set()
@@ -129,7 +139,7 @@ class Registry:
 
     def needs(self, model_id: str) -> bool:
         """Whether the server isn't ready for want of it: to be loaded at start, and never was or failed."""
-        if not self.models[model_id].at_start:
+        if model_id not in self.models or not self.models[model_id].at_start:
             return False
         return model_id not in self._loaded_once or self._life(self._key(model_id)).state is State.FAILED
 
@@ -166,9 +176,17 @@ class Registry:
             raise ModelNotFoundError(f"There is no model {name[:80]!r} here. Models: {known}.", param="model")
         return self.models[entry.id]
 
+    def entry(self, model_id: str) -> ModelEntry:
+        """The model's settings as they are now."""
+        return self.state.entries.get(model_id, self.models[model_id].entry)
+
     def record(self, name: Named) -> VariantRecord | None:
         """What is known of a variant; None before anyone asked for it."""
         return self.state.records.get(self._key(name))
+
+    def now_s(self) -> float:
+        """The registry's clock, in seconds."""
+        return self._clock()
 
     def age_s(self, then_s: float) -> float:
         """Seconds since a time of the registry's clock."""
@@ -190,10 +208,10 @@ class Registry:
         candidates = await self._chooser.candidates(others)
         return plan(LoadRequest(key, estimate, candidates), self.state, self._clock())
 
-    async def load(self, name: Named) -> asyncio.Future[None]:
-        """Load a model for nobody's request. The future has the answer; it may be there already.
+    async def load(self, name: Named) -> Operation:
+        """Load a model for nobody's request. The operation may have ended already.
 
-        Raises ModelNotFoundError, LoadFailedError.
+        If the same is being done already, that is the answer. Raises ModelNotFoundError, LoadFailedError.
         """
         key = self._key(name)
         estimate = (await self._provisions.of(key)).estimate
@@ -202,10 +220,40 @@ class Registry:
 
     async def unload(
         self, name: Named, mode: UnloadMode = UnloadMode.DRAIN, deadline_s: float | None = None
-    ) -> asyncio.Future[None]:
+    ) -> Operation:
         """Unload a model; as `load`. deadline_s: for DRAIN, seconds until the work under way is cut."""
         key, operation = self._key(name), self._answers.new_id()
         return await self._begin(operation, key, AdminUnload(operation, key, mode, deadline_s))
+
+    async def consider(self, event: Event) -> None:
+        """Have the owner take a step with an event that is not answered. Raises DrainingError."""
+        waiter = self._answers.new_id()
+        closed = self._answers.expect(waiter, "", log_failure=True)
+        try:
+            stepped = await self._post_and_wait(event, closed)
+        finally:
+            self._answers.forget(waiter)
+        if closed.done():
+            closed.result()
+        if not stepped:
+            raise RuntimeError(f"the registry failed on {type(event).__name__}")
+
+    async def dismiss(self, name: str) -> None:
+        """Forget a model none of whose variants is loaded or waited for.
+
+        Raises ModelNotFoundError, ModelBusyError, DrainingError.
+        """
+        model, waiter = self.hosted(name), self._answers.new_id()
+        answer = self._answers.expect(waiter, model.id, log_failure=True)
+        self._post(Removed(waiter, model.id))
+        await answer
+
+    async def adopt(self, model: HostedModel) -> None:
+        """Offer one more model, whose id must be free. Raises DrainingError."""
+        assert model.id not in self.models, f"{model.id} is there already"
+        self.models[model.id] = model
+        self._provisions.host(model)
+        await self.consider(Patched(model.entry))
 
     # ---- life
 
@@ -243,24 +291,39 @@ class Registry:
                     event, stepped = await self._inbox.get()
             except TimeoutError:
                 continue
-            self._step(event)
+            went_well = self._step(event)
             if stepped is not None and not stepped.done():
-                stepped.set_result(None)
+                stepped.set_result(went_well)
 
-    def _step(self, event: Event) -> None:
+    def _step(self, event: Event) -> bool:
+        """Returns whether it was taken: a step that fails changes nothing."""
+        before, now_s = self.state, self._clock()
         try:
-            self.state, effects = step(self.state, event, self._clock())
+            self.state, effects = step(before, event, now_s)
         except Exception:  # the task's boundary: the state is as it was, and the asker must not wait for ever
             logger.exception("The registry failed on %s.", type(event).__name__)
             self._answers.give(_asker(event), RuntimeError(f"the registry failed on {type(event).__name__}"))
-            return
+            return False
         if isinstance(event, Loaded) and self.state.records[event.key].state is State.READY:
             self._note_loaded(event.key)
+        if isinstance(event, Removed) and event.model_id not in self.state.entries:
+            self._forget(event.model_id)
+        self._tell(before, event, effects, now_s)
         for effect in effects:
             try:
                 self._execute(effect)
             except Exception:  # as above: the other effects are still due
                 logger.exception("The registry could not do %s.", effect)
+        return True
+
+    def _tell(self, before: RegistryState, event: Event, effects: tuple[Effect, ...], now_s: float) -> None:
+        try:
+            self.journal.add(happenings(before, event, effects, self.state, now_s, self._asked_for))
+        except Exception:  # what is told of a step must not keep its effects from being done
+            logger.exception("The registry could not tell of %s.", type(event).__name__)
+
+    def _asked_for(self, waiter: int) -> VariantKey | None:
+        return self._leases[waiter].key if waiter in self._leases else None
 
     def _execute(self, effect: Effect) -> None:
         match effect:
@@ -281,15 +344,28 @@ class Registry:
                 # no estimate says that it can sleep, and nobody asks for other KV sizes
                 raise AssertionError(f"workers can't do {type(effect).__name__}")
 
-    async def _begin(self, operation: int, key: VariantKey, event: Event) -> asyncio.Future[None]:
-        """Post an administrator's event and wait until it was considered."""
+    async def _begin(self, operation: int, key: VariantKey, wish: AdminWish) -> Operation:
+        """Post an administrator's wish and wait until it was considered; not if the same one goes on."""
+        same = self.operations.running(wish)
+        if same is not None:
+            return same
         answer = self._answers.expect(operation, str(key), log_failure=True)
-        stepped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._post(event, stepped)
-        await asyncio.wait([stepped, answer], return_when=asyncio.FIRST_COMPLETED)
-        return answer
+        begun = self.operations.begin(wish, answer)
+        await self._post_and_wait(wish, answer)
+        return begun
 
-    def _post(self, event: Event, stepped: asyncio.Future[None] | None = None) -> None:
+    async def _post_and_wait(self, event: Event, answer: asyncio.Future[None]) -> bool:
+        """Until the owner has taken its step, or the answer is there, as when it closes.
+
+        Returns whether the step was taken and did not fail.
+        """
+        stepped: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._post(event, stepped)
+        either: list[asyncio.Future[Any]] = [stepped, answer]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        return stepped.done() and stepped.result()
+
+    def _post(self, event: Event, stepped: asyncio.Future[bool] | None = None) -> None:
         if not self._answers.closed:
             self._inbox.put_nowait((event, stepped))
 
@@ -308,6 +384,14 @@ class Registry:
         if key == self.models[key.model_id].key:
             self._loaded_once.add(key.model_id)
 
+    def _forget(self, model_id: str) -> None:
+        if self.models.pop(model_id, None) is None:
+            return
+        for key in [key for key in self._engines if key.model_id == model_id]:
+            del self._engines[key]
+        self._loaded_once.discard(model_id)
+        self._provisions.forget(model_id)
+
     def _life(self, key: VariantKey) -> Life:
         record = self.state.records.get(key)
         return Life() if record is None else record.life
@@ -320,7 +404,7 @@ def _asker(event: Event) -> int | None:
     match event:
         case Asked(waiter):
             return waiter
-        case AdminLoad(operation) | AdminUnload(operation):
+        case AdminLoad(operation) | AdminUnload(operation) | Removed(operation):
             return operation
         case _:
             return None

@@ -20,9 +20,20 @@ class Provisions:
     """Those that are known, by key. hosted: by model id. Used from one event loop."""
 
     def __init__(self, hosted: Mapping[str, HostedModel]) -> None:
-        self._hosted = hosted
+        self._hosted = dict(hosted)
         self._known: dict[VariantKey, Provision] = {}
         self._asked: dict[VariantKey, asyncio.Task[Provision]] = {}
+
+    def host(self, model: HostedModel) -> None:
+        """One more model."""
+        self._hosted[model.id] = model
+
+    def forget(self, model_id: str) -> None:
+        """A model is gone. What is being found out about it is for those only who have asked."""
+        del self._hosted[model_id]
+        for key in [key for key in (*self._known, *self._asked) if key.model_id == model_id]:
+            self._known.pop(key, None)
+            self._asked.pop(key, None)
 
     def known(self, key: VariantKey) -> Provision | None:
         """What was found out so far."""
@@ -45,6 +56,8 @@ class Provisions:
         return await asyncio.to_thread(self._hosted[key.model_id].provide, key)
 
     def _found(self, key: VariantKey, task: asyncio.Task[Provision]) -> None:
+        if self._asked.get(key) is not task:
+            return  # the model is gone, and perhaps another one has its id
         del self._asked[key]
         if not task.cancelled() and task.exception() is None:
             self._known[key] = task.result()

@@ -45,7 +45,8 @@ def error_for(refusal: Refuse, model_id: str) -> MegptError:
             )
         case RefusalKind.MODEL_PINNED:
             return ModelPinnedError(
-                f"Model {model_id} is pinned, so it stays. Set pinned to false in the settings to unload it."
+                f"Model {model_id} is pinned, so it stays. Set pinned to false to unload it: "
+                f"PATCH /admin/models/{model_id}, or `megpt set {model_id} pinned=false`."
             )
         case RefusalKind.WRONG_STATE:
             return WrongStateError(f"Model {model_id} can't do that now; GET /admin/models tells its state.")

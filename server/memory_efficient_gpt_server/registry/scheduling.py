@@ -24,7 +24,7 @@ from memory_efficient_gpt_server.registry.planning import (
     plan,
     remaining_s,
 )
-from memory_efficient_gpt_server.registry.records import VariantRecord
+from memory_efficient_gpt_server.registry.records import RegistryView, VariantRecord
 from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import HOST, Kind, VariantKey, per_device
 from memory_efficient_gpt_server.registry.victims import Victims, Way, can_park, choose_victims, reload_s
@@ -81,7 +81,7 @@ def _refuse_late(draft: Draft, key: VariantKey, waiter: Waiter) -> None:
         left_s = max(1.0, remaining_s(draft, record, draft.now_s))
         draft.refuse(waiter.id, RefusalKind.MODEL_LOADING, left_s)
         return
-    churn_s = _churn_wait_s(draft)
+    churn_s = churn_wait_s(draft, draft.now_s)
     if churn_s > 0:
         draft.refuse(waiter.id, RefusalKind.CHURN_LIMITED, churn_s)
     else:
@@ -192,16 +192,16 @@ def _makes_room(draft: Draft, ahead: list[VariantKey], its_plan: Plan, claimed: 
     else:
         return False
     swaps = any(draft.records[victim].state is State.READY for victim in victims.ways)
-    if not victims.covered or (swaps and _churn_wait_s(draft) > 0):
+    if not victims.covered or (swaps and churn_wait_s(draft, draft.now_s) > 0):
         return impatient
     _dismiss(draft, victims, UnloadReason.BUDGET, drain_for=key)
     return True
 
 
-def _churn_wait_s(draft: Draft) -> float:
+def churn_wait_s(view: RegistryView, now_s: float) -> float:
     """Seconds until models may be swapped again; 0 while no model is in use: then swaps keep nobody."""
-    in_use = any(record.leases for record in draft.records.values())
-    return draft.churn.wait_s(draft.now_s) if in_use else 0.0
+    in_use = any(record.leases for record in view.records.values())
+    return view.churn.wait_s(now_s) if in_use else 0.0
 
 
 def _dismiss(draft: Draft, victims: Victims, reason: UnloadReason, drain_for: VariantKey | None) -> None:

@@ -3,12 +3,11 @@
 Purpose: the registry's wishes and views over HTTP, for the holder of the admin key.
 Does not know: how models are loaded, who is evicted.
 Invariant: an operation is answered at once if it is done or refused at once, else with 202 unless asked to
-wait; it goes on whether or not anybody waits.
+wait; it goes on whether or not anybody waits, and its id tells how it went.
 """
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -20,6 +19,8 @@ from memory_efficient_gpt_server.errors import NoMemoryBudgetError
 from memory_efficient_gpt_server.optimizations import wish_of
 from memory_efficient_gpt_server.registry.events import UnloadMode
 from memory_efficient_gpt_server.registry.model_view import model_view
+from memory_efficient_gpt_server.registry.operation_view import operation_view
+from memory_efficient_gpt_server.registry.operations import Operation
 from memory_efficient_gpt_server.registry.owner import Registry
 from memory_efficient_gpt_server.registry.plan_view import ledger_view, plan_view
 from memory_efficient_gpt_server.registry.variants import VariantKey
@@ -100,15 +101,17 @@ async def _answer(
     server: Server,
     registry: Registry,
     key: VariantKey,
-    operation: asyncio.Future[None],
+    operation: Operation,
     *,
     wait: bool,
 ) -> Response:
     """200 with the variant once the operation is done, 202 while it goes on. Raises the refusal."""
     if wait:
         async with server.lifecycle.running(request.receive, server.settings.request_timeout_s):
-            await asyncio.shield(operation)
+            await operation
     if operation.done():
         operation.result()
-    view = to_json(model_view(registry, key))
-    return Response(view, 200 if operation.done() else 202, media_type="application/json")
+    done = operation.done()
+    view = model_view(registry, key) | {"operation": operation_view(operation)}
+    headers = None if done else {"location": f"/admin/operations/{operation.id}"}
+    return Response(to_json(view), 200 if done else 202, headers, "application/json")

@@ -134,7 +134,7 @@ def test_a_deadline_ends_what_is_left(stage: Start, megpt: Megpt, answer_ids: li
     [
         (("load", "nothing"), "There is no model 'nothing' here. Models: A, B, C."),
         (("load", "a/b ?"), "Models: A, B, C."),
-        (("unload", "A"), "Model A is pinned, so it stays. Set pinned to false in the settings"),
+        (("unload", "A"), "`megpt set A pinned=false`"),
         (("load", "B"), "Raise memory_budget_bytes, unpin a model"),
         (("load", "B"), "`megpt models` shows what each takes."),
         (("load", "C"), "Model C could not be loaded: config.json is gone"),
@@ -150,7 +150,19 @@ def test_refusals_say_what_to_do(stage: Start, megpt: Megpt, args: tuple[str, ..
     assert (code, out) == (1, "") and said in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", [("models",), ("ps",), ("load", "A"), ("unload", "A"), ("top", "--once")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("models",),
+        ("ps",),
+        ("load", "A"),
+        ("unload", "A"),
+        ("top", "--once"),
+        ("queue",),
+        ("events",),
+        ("set", "A", "pinned=true"),
+    ],
+)
 def test_who_may_not_is_told_what_is_missing(serve: Serve, megpt: Megpt, command: tuple[str, ...]) -> None:
     with serve(admin_key=ADMIN, api_keys=[CLIENT_KEY]) as live:
         where = ("--url", live.url)

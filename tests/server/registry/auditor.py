@@ -33,6 +33,7 @@ from memory_efficient_gpt_server.registry.events import (
     Loaded,
     Measured,
     ProcessGone,
+    Removed,
     Slept,
     UnloadMode,
     Woke,
@@ -75,6 +76,8 @@ class Auditor:
         match event:
             case LeaseReleased(lease, _):
                 self.leases.pop(lease, None)
+            case Removed():
+                self.counts["removals"] += 1
             case Left(waiter, _):
                 self.waiting.pop(waiter, None)
                 self.leases.pop(waiter, None)
@@ -111,6 +114,10 @@ class Auditor:
     def after(self, event: Event, old: RegistryState, new: RegistryState, now_s: float) -> None:
         """The new state against the books and the machine."""
         new.check_integrity()
+        if isinstance(event, Removed) and event.model_id not in new.entries:
+            self.counts["removed"] += 1
+            assert all(key.model_id != event.model_id for key in new.records), "a record of no model is left"
+            assert all(key.model_id != event.model_id for key in self.workers.workers), "a process is left"
         self._check_leases(new)
         self._check_waiters(new, now_s)
         self._check_drains(old, new, now_s)

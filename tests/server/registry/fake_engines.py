@@ -114,14 +114,15 @@ class FakeHost:
     def make(self) -> Registry:
         """A registry that is not started."""
         models = [name for name in self.sizes if "[" not in name]
-        return Registry(map(self._hosted, models), {HOST: Budget(self._budget)}, self._policy)
+        return Registry(map(self.hosted, models), {HOST: Budget(self._budget)}, self._policy)
 
     def engine(self, model_id: str) -> FakeEngine:
         """The latest of a model, or of a variant by its name."""
         return self.engines[model_id][-1]
 
-    def _hosted(self, model_id: str) -> HostedModel:
-        entry = ModelEntry(id=model_id, source="x", **self.entries[model_id])
+    def hosted(self, model_id: str) -> HostedModel:
+        """What the registry is told of one of `sizes`."""
+        entry = ModelEntry(**({"id": model_id, "source": "x"} | self.entries[model_id]))
         choices = self.choices.get(model_id, Choices())
         return HostedModel(entry, VariantKey(model_id), self._provide, model_id in self.at_start, choices)
 

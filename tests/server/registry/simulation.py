@@ -33,6 +33,7 @@ from memory_efficient_gpt_server.registry.events import (
     LeaseReleased,
     Left,
     Patched,
+    Removed,
     Tick,
     UnloadMode,
 )
@@ -183,16 +184,31 @@ class Simulation:
     def _wish(self, key: VariantKey) -> Event | None:
         """Something that an administrator or a worker wants."""
         rng = self.rng
-        wish = rng.choice((0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 8))
+        wish = rng.choice((0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 8, 9))
+        if wish == 9:
+            return self._remove(key)
         if wish < 5:
             return self._operation(key, wish)
         if wish == 5:
-            entry = self.state.entries[key.model_id]
+            entry = self.state.entries.get(key.model_id)
+            if entry is None:
+                return None  # it was removed
             return Patched(replace(entry, pinned=not entry.pinned, ttl_s=rng.choice((None, 5.0))))
         if wish == 6:
             device = rng.choice(list(self.state.ledger.budgets))
             return BudgetPatched(device, Budget(rng.randint(60, 220), rng.randint(0, 20)))
         return KvWanted(key, rng.choice((10, 200))) if wish == 7 else self.workers.remeasure(key)
+
+    def _remove(self, key: VariantKey) -> Event:
+        """Forget a model; if it goes, it is registered again after a while, as it was."""
+        entry = self.state.entries.get(key.model_id)
+        operation = self._new_id(key, self.now_s)
+
+        def back() -> Event | None:
+            return Patched(entry) if entry is not None and entry.id not in self.state.entries else None
+
+        self._later(self.rng.uniform(0.0, 20.0), back)
+        return Removed(operation, key.model_id)
 
     def _operation(self, key: VariantKey, wish: int) -> Event:
         rng, max_wait_s = self.rng, self.state.policy.max_wait_s

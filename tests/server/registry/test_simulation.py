@@ -26,6 +26,7 @@ def test_random_lives_break_no_rule_and_reach_what_they_should() -> None:
         assert counts[rare] > 0, f"the simulation never comes to {rare}"
     assert counts["drained for another model"] > 50
     assert counts["overcommitted"] > 20
+    assert counts["removals"] > counts["removed"] > 20
 
 
 def test_a_seed_decides_everything() -> None:

@@ -1,0 +1,119 @@
+"""Models that come and go while the server runs.
+
+Purpose: add a model to registry and catalog, remove one, look for new folders in `models_dir`.
+Does not know: HTTP, how models are made.
+Invariant: a model is in the catalog only while the registry knows it; one that can't be made changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from memory_efficient_gpt.errors import CheckpointError, ConfigError, InvalidRequestError, ModelNotFoundError
+from memory_efficient_gpt_server.daemon_thread import in_daemon_thread
+from memory_efficient_gpt_server.errors import ModelExistsError
+from memory_efficient_gpt_server.model_settings import ModelSettings, models_in
+from memory_efficient_gpt_server.model_sources import allowed_source
+from memory_efficient_gpt_server.models import ModelCatalog, ServedModel
+from memory_efficient_gpt_server.registry.changes import add_model, model_exists, remove_model
+from memory_efficient_gpt_server.registry.hosted import HostedModel
+from memory_efficient_gpt_server.registry.owner import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Rescan:
+    """What was found in `models_dir`. Ids but for `problems`: a sentence for each that can't be served."""
+
+    added: tuple[str, ...]
+    missing: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model that can be offered. Nothing of it is loaded."""
+
+    hosted: HostedModel
+    served: Callable[[Registry], ServedModel]
+
+
+async def prepare(
+    catalog: ModelCatalog, registry: Registry, model: ModelSettings, models_dir: Path | None
+) -> Prepared:
+    """Find (or download) a model that may come while the server runs. Changes nothing; may be cancelled.
+
+    Raises InvalidRequestError, ModelNotFoundError, ModelExistsError.
+    """
+    if model.load == "start" and "load" in model.model_fields_set:
+        raise InvalidRequestError(
+            "load is for models of the settings: the server has started. Leave it out; "
+            f"POST /admin/models/{model.id}/load loads the model once it is registered.",
+            param="load",
+        )
+    source = await asyncio.to_thread(allowed_source, model.model, models_dir)
+    return await _prepare(catalog, registry, model.model_copy(update={"model": source, "load": "on_demand"}))
+
+
+async def offer(catalog: ModelCatalog, registry: Registry, model: Prepared) -> None:
+    """From now on clients may ask for the model. Not to be cancelled.
+
+    Raises ModelExistsError, DrainingError.
+    """
+    await add_model(registry, model.hosted)
+    catalog.add(model.served(registry))
+
+
+async def unregister(catalog: ModelCatalog, registry: Registry, name: str) -> str:
+    """Offer a model no more; returns its id. Raises ModelNotFoundError, ModelBusyError, DrainingError."""
+    model_id = await remove_model(registry, name)
+    catalog.remove(model_id)
+    return model_id
+
+
+async def rescan(catalog: ModelCatalog, registry: Registry, models_dir: Path | None) -> Rescan:
+    """Register what is new in `models_dir`. What is gone from it is told, not removed.
+
+    Raises InvalidRequestError without a models_dir, DrainingError.
+    """
+    if models_dir is None:
+        raise InvalidRequestError("This server has no models_dir, so there is nothing to look through.")
+    problems: list[str] = []
+    found = await asyncio.to_thread(models_in, models_dir, "on_demand", problems)
+    added: list[str] = []
+    for model in found:
+        if model.id in registry.models:
+            continue
+        try:
+            await offer(catalog, registry, await _prepare(catalog, registry, model))
+        except (InvalidRequestError, ModelNotFoundError, ModelExistsError) as error:
+            problems.append(f"{model.id}: {error.message}")
+        else:
+            added.append(model.id)
+    missing = await asyncio.to_thread(_missing, registry, models_dir)
+    return Rescan(tuple(added), missing, tuple(problems))
+
+
+def _missing(registry: Registry, models_dir: Path) -> tuple[str, ...]:
+    root = models_dir.absolute()
+    entries = list(registry.state.entries.values())
+    inside = [entry for entry in entries if Path(entry.source).parent == root]
+    return tuple([entry.id for entry in inside if not Path(entry.source).is_dir()])
+
+
+async def _prepare(catalog: ModelCatalog, registry: Registry, model: ModelSettings) -> Prepared:
+    assert catalog.maker is not None, "a registry without a maker of models"
+    if model.id in registry.models:  # before anything is downloaded; looked up again when it is offered
+        raise model_exists(model.id)
+    budgets = {device: budget.total_bytes for device, budget in registry.state.ledger.budgets.items()}
+    try:
+        hosted, served = await in_daemon_thread(partial(catalog.maker.make, model, budgets))
+    except ConfigError as error:
+        raise InvalidRequestError(" ".join(error.problems)) from error
+    except CheckpointError as error:
+        raise InvalidRequestError(error.message, param="model") from error
+    return Prepared(hosted, served)

@@ -1,0 +1,44 @@
+"""/admin/queue and /admin/operations: who waits for what, and how wishes went.
+
+Purpose: views of the load queue and of administrators' operations, for the holder of the admin key.
+Does not know: how either comes about.
+Invariant: nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Depends
+
+from memory_efficient_gpt_server.deps import require_admin
+from memory_efficient_gpt_server.registry.operation_view import operation_view
+from memory_efficient_gpt_server.registry.queue_view import queue_view
+from memory_efficient_gpt_server.routes.admin import CurrentRegistry
+
+router = APIRouter(dependencies=[Depends(require_admin)])
+
+
+@router.get("/admin/queue")
+async def queue(registry: CurrentRegistry) -> dict[str, Any]:
+    """Who waits for which model, in the order in which they are served: since when, and what each model
+    that is not loaded yet waits for; and whether swaps are held back (churn)."""
+
+    def operation_of(waiter: int) -> str | None:
+        found = registry.operations.of_waiter(waiter)
+        return None if found is None else found.id
+
+    return queue_view(registry.state, registry.now_s(), operation_of)
+
+
+@router.get("/admin/operations")
+async def list_operations(registry: CurrentRegistry) -> dict[str, Any]:
+    """Loads and unloads that administrators have asked for, the newest first: those that go on, and the last
+    256 that ended."""
+    return {"operations": [operation_view(operation) for operation in registry.operations]}
+
+
+@router.get("/admin/operations/{operation_id}")
+async def get_operation(operation_id: str, registry: CurrentRegistry) -> dict[str, Any]:
+    """One operation: running, done, or failed with its error. 404 if it ended long ago."""
+    return operation_view(registry.operations.get(operation_id))
