@@ -61,6 +61,7 @@ from memory_efficient_gpt.quantization.triton_weights import give_triton_kernels
 from memory_efficient_gpt.quantization.triton_weights import summary as triton_summary
 from memory_efficient_gpt.runner import PackedRunner, Runner
 from memory_efficient_gpt.scheduler import SchedulerConfig
+from memory_efficient_gpt.sleeping import SleepableModel
 from memory_efficient_gpt.tiers import TierDecision, decide_tier
 from memory_efficient_gpt.transformers_runner import TransformersRunner
 
@@ -79,6 +80,7 @@ class Parts:
     allocator: BlockAllocator
     scheduler_config: SchedulerConfig
     overlap: bool
+    sleepable: SleepableModel
 
 
 def assemble(config: EngineConfig, progress: Callable[[str, float], None]) -> Parts:
@@ -210,7 +212,8 @@ def build(
         variant=f"{name}@{config.revision or ''}",
     )
     allocator = BlockAllocator(num_blocks, block_size, prefix_cache=config.prefix_cache)
-    return Parts(info, runner, allocator, scheduler_config, overlap)
+    sleepable = SleepableModel(model, pool, device)
+    return Parts(info, runner, allocator, scheduler_config, overlap, sleepable)
 
 
 def _fuse_on_cuda(model: PreTrainedModel, layers: list[LayerKV], device: torch.device) -> tuple[str, ...]:
@@ -250,7 +253,8 @@ def _build_unpacked(
     info = _info(model, decision, name, device, max_len, eos, None, None, notes)
     scheduler_config = SchedulerConfig(max_num_seqs=1, max_batched_tokens=max_len, forks=False, chunks=False)
     allocator = BlockAllocator(num_blocks, block_size, prefix_cache=False)
-    return Parts(info, runner, allocator, scheduler_config, overlap=False)
+    sleepable = SleepableModel(model, None, device)
+    return Parts(info, runner, allocator, scheduler_config, overlap=False, sleepable=sleepable)
 
 
 def _info(

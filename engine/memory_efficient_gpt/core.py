@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 
 from memory_efficient_gpt.assembly import Parts, assemble, build
 from memory_efficient_gpt.config import EngineConfig
-from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
+from memory_efficient_gpt.engine_info import EngineInfo, EngineStats, SleepReport
 from memory_efficient_gpt.errors import (
     ContextLengthError,
     EngineFailedError,
     InvalidRequestError,
+    OverloadedError,
     SamplingFailedError,
 )
 from memory_efficient_gpt.kv_meter import KvMeter
@@ -45,6 +46,7 @@ class Engine:
     def __init__(self, parts: Parts, *, debug_checks: bool = False) -> None:
         self.info: EngineInfo = parts.info
         self._runner = parts.runner
+        self._sleepable = parts.sleepable
         self._depth = 1 if parts.overlap else 0
         self._debug_checks = debug_checks
         self._scheduler = Scheduler(parts.scheduler_config, parts.allocator, self._is_stop)
@@ -87,6 +89,8 @@ class Engine:
         """
         if self._closed:
             raise EngineFailedError(f"the engine of {self.info.model!r} is closed.")
+        if self._sleepable.asleep:
+            raise OverloadedError(f"the engine of {self.info.model!r} sleeps; call wake() first.")
         self._check(request)
         params = request.params
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
@@ -132,6 +136,35 @@ class Engine:
         if step is not None or events:
             self._account(time.perf_counter() - started, device_s, computed=step is not None)
         return events
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it has given its memory back and takes no requests."""
+        return self._sleepable.asleep
+
+    def sleep(self) -> SleepReport:
+        """Give back what an idle model needs not (see sleeping.py); the prefix cache is lost. Twice is fine.
+
+        Raises OverloadedError while there is work; MemoryError or RuntimeError, with nothing changed but the
+        prefix cache, if the host has no room for the weights.
+        """
+        if self.has_work:
+            raise OverloadedError(
+                f"the engine of {self.info.model!r} has work and can't sleep. Finish or abort it first."
+            )
+        if self._sleepable.report is not None:
+            return self._sleepable.report
+        self._runner.rest()
+        self._scheduler.clear_prefix_cache()
+        return self._sleepable.sleep()
+
+    def wake(self) -> None:
+        """Take the memory back and requests again. Fine if it does not sleep.
+
+        Raises RuntimeError if the device has no room; the engine is of no use then.
+        """
+        if self._sleepable.asleep:
+            self._sleepable.wake()
 
     def stats(self) -> EngineStats:
         """Counters and present state (the object is reused: copy it to keep it)."""

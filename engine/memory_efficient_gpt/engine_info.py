@@ -1,6 +1,6 @@
 """What an engine says of itself: plain data that crosses processes, no torch.
 
-Purpose: the facts of a loaded model and the counters of a running engine.
+Purpose: the facts of a loaded model, the counters of a running engine, the figures of a sleeping one.
 Does not know: how either came about.
 Invariant: every field is a plain number, string or tuple, so that it fits a msgpack frame.
 """
@@ -59,3 +59,20 @@ class EngineStats:
     step_seconds: float = 0.0
     host_seconds: float = 0.0
     last_step_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SleepReport:
+    """What an engine gave back when it fell asleep, and what it keeps. Sizes in bytes.
+
+    parked_bytes: host memory that its weights take now; pinned: whether that is page-locked. device_bytes:
+    what torch still has on a device that is not the host. kv_bytes: the KV cache's memory, given back.
+    dropped_bytes: weights on the host that are read from their file again when they are needed.
+    """
+
+    parked_bytes: int = 0
+    pinned: bool = False
+    device_bytes: int = 0
+    kv_bytes: int = 0
+    dropped_bytes: int = 0
+    seconds: float = 0.0

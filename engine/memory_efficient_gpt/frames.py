@@ -10,7 +10,7 @@ Invariant: bytes become well-typed messages or FrameError, nothing else.
                [..., finish_reason, stop_token_id, logprobs, prompt_logprobs, error, cost]
     logprob  = [token_id, logprob, [[token_id, logprob], ...]]
     error    = [code, message, param, retry_after_s]
-    request, info, stats, cost = maps (see wire.py)
+    request, info, stats, cost, report = maps (see wire.py)
 
 Token events dominate: an event is a short array, and one frame carries all events of a step.
 """
@@ -26,7 +26,7 @@ from typing import Any, Final
 import msgpack
 
 from memory_efficient_gpt import errors
-from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
+from memory_efficient_gpt.engine_info import EngineInfo, EngineStats, SleepReport
 from memory_efficient_gpt.errors import ConfigError, EngineFailedError, MegptError, OverloadedError
 from memory_efficient_gpt.request import Cost, FinishReason, Request, SequenceEvent, TokenLogprob
 from memory_efficient_gpt.wire import (
@@ -80,6 +80,16 @@ class Ping:
 
 
 @dataclass(frozen=True, slots=True)
+class Sleep:
+    """To the worker: give memory back once nothing is aboard; answered by Slept. No Submit before Wake."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """To the worker: take the memory back; answered by Woke."""
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """From the worker while it loads: what it is doing, and how far it is (0..1)."""
 
@@ -126,7 +136,35 @@ class Pong:
     nonce: int
 
 
-Message = Submit | Abort | Drain | Close | Ping | Progress | Ready | Failed | Events | Stats | Pong
+@dataclass(frozen=True, slots=True)
+class Slept:
+    """From the worker: it sleeps, and this is what it gave back and keeps."""
+
+    report: SleepReport
+
+
+@dataclass(frozen=True, slots=True)
+class Woke:
+    """From the worker: it takes requests again."""
+
+
+Message = (
+    Submit
+    | Abort
+    | Drain
+    | Close
+    | Ping
+    | Sleep
+    | Wake
+    | Progress
+    | Ready
+    | Failed
+    | Events
+    | Stats
+    | Pong
+    | Slept
+    | Woke
+)
 
 
 def encode(message: Message) -> bytes:
@@ -201,7 +239,7 @@ class FrameDecoder:
 def _to_wire(value: Any) -> Any:
     if isinstance(value, list):
         return [_pack_event(event) for event in value]
-    if isinstance(value, Request | EngineInfo | EngineStats):
+    if isinstance(value, Request | EngineInfo | EngineStats | SleepReport):
         return pack_record(value)
     return _pack_error(value) if isinstance(value, MegptError) else value
 
@@ -321,6 +359,10 @@ _FORMS: Final[tuple[tuple[type, tuple[Convert, ...]], ...]] = (
     (Events, (_unpack_events,)),
     (Stats, (partial(unpack_record, EngineStats), as_float)),
     (Pong, (as_int,)),
+    (Sleep, ()),
+    (Wake, ()),
+    (Slept, (partial(unpack_record, SleepReport),)),
+    (Woke, ()),
 )
 """Kind number = position. For each kind its class and how each of its fields is checked."""
 

@@ -93,6 +93,10 @@ class Scheduler:
         for request_id in list(self._live):
             self.abort(request_id)
 
+    def clear_prefix_cache(self) -> None:
+        """Forget all cached content: the memory behind the blocks is about to go."""
+        self._allocator.clear_cache()
+
     def plan(self) -> Step | None:
         """The next step, or None when nothing can be computed now. Takes blocks, may preempt."""
         step = Step()

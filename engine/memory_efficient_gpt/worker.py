@@ -7,6 +7,7 @@ Invariant: nothing that the server does or fails to do makes a step wait: news i
 
     +-> inbox: read what has come, without waiting  -- submit, abort, drain, close, ping
     |   work and room in the outbox?  -> engine.step() -> one frame with all its events
+    |   no work, and told to sleep or to wake -> do it
     |   otherwise                     -> wait for bytes to read, or for room to write
     +---+
 """
@@ -23,7 +24,7 @@ from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 from memory_efficient_gpt.config import EngineConfig
-from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
+from memory_efficient_gpt.engine_info import EngineInfo, EngineStats, SleepReport
 from memory_efficient_gpt.errors import EngineFailedError, MegptError, ModelLoadError, OverloadedError
 from memory_efficient_gpt.frames import (
     Abort,
@@ -35,8 +36,12 @@ from memory_efficient_gpt.frames import (
     Pong,
     Progress,
     Ready,
+    Sleep,
+    Slept,
     Stats,
     Submit,
+    Wake,
+    Woke,
     encode,
     encode_events,
 )
@@ -87,6 +92,12 @@ class StepEngine(Protocol):
 
     def stats(self) -> EngineStats:
         """Counters and present state."""
+
+    def sleep(self) -> SleepReport:
+        """Give memory back while there is no work. Any error leaves an engine that is to be ended."""
+
+    def wake(self) -> None:
+        """Take it back. Any error leaves an engine that is to be ended."""
 
     def close(self) -> None:
         """Drop all work."""
@@ -171,6 +182,7 @@ class Worker:
         self._open: dict[str, set[int]] = {}  # request id -> its sequences that have not ended
         self._draining = False
         self._closing = False
+        self._wishes: deque[Sleep | Wake] = deque()
         self._step_times_s: deque[float] = deque(maxlen=STEP_TIMES_KEPT)
         self._stats_due_s = 0.0
         self._stats_stale = True
@@ -197,6 +209,8 @@ class Worker:
         working = self._engine.has_work
         if working and self._channel.pending_bytes <= MAX_OUTBOX_BYTES:
             return self._step()
+        if not working and self._wishes:
+            return self._grant(self._wishes.popleft())
         if not working:
             self._report_stats(now=math.inf)
             if self._draining:
@@ -219,6 +233,8 @@ class Worker:
                 self._draining = True
             case Close():
                 self._closing = True
+            case Sleep() | Wake():
+                self._wishes.append(message)
             case _:
                 raise FrameError(f"a worker does not take {type(message).__name__} frames.")
 
@@ -255,6 +271,27 @@ class Worker:
         if events:
             self._send_events(events)
         self._report_stats(now=ended)
+        return True
+
+    def _grant(self, wish: Sleep | Wake) -> bool:
+        """Sleep or wake, and say so. False if it failed: the engine may be half of each."""
+        try:
+            if isinstance(wish, Sleep):
+                self._channel.send(encode(Slept(self._engine.sleep())))
+            else:
+                self._engine.wake()
+                self._channel.send(encode(Woke()))
+        except ConnectionClosedError:
+            raise
+        except Exception as error:
+            logger.exception("The model could not %s; the worker exits.", type(wish).__name__.lower())
+            why = str(error) if isinstance(error, MegptError) else type(error).__name__
+            self._channel.send(
+                encode(Failed(EngineFailedError(f"it could not {type(wish).__name__.lower()} ({why})")))
+            )
+            self._channel.flush(timeout_s=LAST_WORDS_S)
+            return False
+        self._stats_stale, self._stats_due_s = True, 0.0
         return True
 
     def _survive(self, error: Exception) -> bool:

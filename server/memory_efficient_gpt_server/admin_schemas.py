@@ -25,6 +25,13 @@ class LoadBody(StrictModel):
     wait: bool = False
 
 
+class SleepBody(StrictModel):
+    """Body of POST /admin/models/{id}/sleep and /wake. wait: whether the answer waits until it is done."""
+
+    optimizations: LoadOptions | None = None
+    wait: bool = False
+
+
 class UnloadBody(StrictModel):
     """Body of POST /admin/models/{id}/unload. deadline_s: for drain, seconds until requests are cut."""
 

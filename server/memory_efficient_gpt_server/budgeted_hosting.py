@@ -32,6 +32,7 @@ from memory_efficient_gpt_server.registry.owner import Registry
 from memory_efficient_gpt_server.registry.records import Policy
 from memory_efficient_gpt_server.registry.sizing import UNQUANTIZED, compute_device, facts_of_config, sized
 from memory_efficient_gpt_server.registry.variants import HOST, ModelEntry, VariantKey, per_device
+from memory_efficient_gpt_server.supervision import WorkerLimits
 from memory_efficient_gpt_server.workers import WorkerModel
 
 logger = logging.getLogger(__name__)
@@ -41,34 +42,34 @@ def budgeted_catalog(
     chosen: Sequence[tuple[ModelSettings, EngineConfig]],
     budget_bytes: int,
     *,
+    host_budget_bytes: int | None,
+    limits: WorkerLimits,
     policy: Policy,
     worker_log_level: str,
     worker_log_json: bool,
 ) -> ModelCatalog:
     """All models, none of them started. Raises ModelNotFoundError, CheckpointError, ConfigError."""
+    worker = partial(WorkerModel, log_level=worker_log_level, log_json=worker_log_json, limits=limits)
     folders = {model.id: resolve_model(model.model, model.revision) for model, _ in chosen}
-    hosted = [
-        _hosted(model, config, folders[model.id], budget_bytes, worker_log_level, worker_log_json)
-        for model, config in chosen
-    ]
+    hosted = [_hosted(model, config, folders[model.id], budget_bytes, worker) for model, config in chosen]
     _require_choosable(hosted)
-    budgets = _budgets(chosen, budget_bytes)
+    budgets = _budgets(chosen, budget_bytes, host_budget_bytes)
     _require_room(hosted, budgets)
     registry = Registry(hosted, budgets, policy)
     served = [_served(model, folders[model.id])(registry) for model, _ in chosen]
-    return ModelCatalog(served, registry, BudgetedMaker(len(chosen), worker_log_level, worker_log_json))
+    return ModelCatalog(served, registry, BudgetedMaker(len(chosen), worker))
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetedMaker:
     """Makes models that come while the server runs: a ModelMaker.
 
-    num_models: those that share the CPU threads from the start; later ones get about as many as those.
+    num_models: those that share the CPU threads from the start; later ones get about as many each.
+    worker: makes one, not started, of a config and a name.
     """
 
     num_models: int
-    log_level: str
-    log_json: bool
+    worker: Callable[..., WorkerModel]
 
     def make(
         self, model: ModelSettings, budgets: Mapping[str, int]
@@ -84,7 +85,7 @@ class BudgetedMaker:
         if config.num_threads is None:
             share = max(1, num_usable_cpus() // (self.num_models + 1))
             config = replace(config, num_threads=share)
-        hosted = _hosted(model, config, folder, budgets[device], self.log_level, self.log_json)
+        hosted = _hosted(model, config, folder, budgets[device], self.worker)
         _require_choosable([hosted])
         return hosted, served
 
@@ -94,13 +95,12 @@ def _hosted(
     config: EngineConfig,
     folder: Path,
     budget_bytes: int,
-    log_level: str,
-    log_json: bool,
+    worker: Callable[..., WorkerModel],
 ) -> HostedModel:
     return HostedModel(
         _entry(model),
         VariantKey(model.id),
-        cache(partial(_provide, config, budget_bytes, log_level, log_json)),
+        cache(partial(_provide, config, budget_bytes, worker)),
         at_start=model.load == "start",
         choices=_choices(model, folder),
     )
@@ -140,7 +140,7 @@ def _require_choosable(hosted: Sequence[HostedModel]) -> None:
 
 
 def _provide(
-    config: EngineConfig, budget_bytes: int, log_level: str, log_json: bool, key: VariantKey
+    config: EngineConfig, budget_bytes: int, worker: Callable[..., WorkerModel], key: VariantKey
 ) -> Provision:
     if key.quantization is not None:
         config = replace(config, quantization=None if key.quantization == UNQUANTIZED else key.quantization)
@@ -151,7 +151,7 @@ def _provide(
     logger.info("%s would take %s bytes.", name, f"{sum(a.bytes for a in estimate.awake()):,}")
     return Provision(
         estimate,
-        lambda: WorkerModel(final, name=name, log_level=log_level, log_json=log_json),
+        lambda: worker(final, name=name),
         facts_of_config(final),
     )
 
@@ -183,11 +183,17 @@ def _vocab_size(folder: Path) -> int:
     return size
 
 
-def _budgets(chosen: Sequence[tuple[ModelSettings, EngineConfig]], budget_bytes: int) -> dict[str, Budget]:
-    """`budget_bytes` for each device that computes; the host's memory is a device of its own."""
+def _budgets(
+    chosen: Sequence[tuple[ModelSettings, EngineConfig]], budget_bytes: int, host_budget_bytes: int | None
+) -> dict[str, Budget]:
+    """`budget_bytes` for each device that computes; the host's memory is a device of its own.
+
+    Half of the host's memory by default: parked weights are page-locked, and a host that has none left dies.
+    """
     devices = {compute_device(config) for _, config in chosen}
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {HOST: Budget(host_bytes)} | {device: Budget(budget_bytes) for device in devices}
+    if host_budget_bytes is None:
+        host_budget_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return {HOST: Budget(host_budget_bytes)} | {device: Budget(budget_bytes) for device in devices}
 
 
 def _require_room(hosted: Sequence[HostedModel], budgets: dict[str, Budget]) -> None:
@@ -196,10 +202,14 @@ def _require_room(hosted: Sequence[HostedModel], budgets: dict[str, Budget]) -> 
     needed = per_device([amount for m in first for amount in m.provide(m.key).estimate.awake()])
     problems = [
         f"the models with load: start ({', '.join(model.id for model in first)}) take {size:,} bytes of "
-        f"{device} together; memory_budget_bytes is {budgets[device].total_bytes:,}. Raise it, or set load: "
-        "on_demand for some of them."
+        f"{device} together; {_limit_of(device, budgets)} is {budgets[device].total_bytes:,}. Raise it, or "
+        "set load: on_demand for some of them."
         for device, size in needed.items()
         if size > budgets[device].reservable_bytes
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def _limit_of(device: str, budgets: dict[str, Budget]) -> str:
+    return "host_budget_bytes" if device == HOST and len(budgets) > 1 else "memory_budget_bytes"

@@ -29,15 +29,17 @@ from memory_efficient_gpt_server.commands import (
     quantize,
     queue,
     serve,
+    sleep,
     top,
     unload,
     version,
+    wake,
 )
 from memory_efficient_gpt_server.commands import set as set_settings
 
 COMMANDS: Final = (
-    serve, generate, chat, plan, quantize, models, ps, load, unload, set_settings, queue, events, top, bench,
-    doctor, version,
+    serve, generate, chat, plan, quantize, models, ps, load, unload, sleep, wake, set_settings, queue, events,
+    top, bench, doctor, version,
 )  # fmt: skip
 
 EXIT_FAILED: Final = 1
@@ -53,7 +55,7 @@ start here:
                                        store its weights in a quarter of the bytes
   megpt plan demo demo-mha             what models will take in memory, and whether they fit
   megpt top                            watch the models of a running server; models, ps, queue and events
-                                       tell more of them; load, unload and set change them
+                                       tell more of them; load, unload, sleep, wake and set change them
   megpt doctor                         what this machine offers, and what is wrong with it
 
 `megpt COMMAND --help` explains a command with examples. A MODEL is the name of a bundled model

@@ -17,7 +17,9 @@ from memory_efficient_gpt_server.generation_defaults import generation_defaults
 from memory_efficient_gpt_server.model_settings import ModelSettings
 from memory_efficient_gpt_server.models import ModelCatalog, ServedModel
 from memory_efficient_gpt_server.settings import Settings
-from memory_efficient_gpt_server.workers import WorkerModel, divide_threads
+from memory_efficient_gpt_server.supervision import WorkerLimits
+from memory_efficient_gpt_server.thread_shares import divide_threads
+from memory_efficient_gpt_server.workers import WorkerModel
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ def build_catalog(settings: Settings, *, worker_log_level: str, worker_log_json:
         return budgeted_catalog(
             list(zip(chosen, configs, strict=True)),
             settings.memory_budget_bytes,
+            host_budget_bytes=settings.host_budget_bytes,
+            limits=worker_limits(settings),
             policy=Policy(
                 max_wait_s=settings.load_wait_s,
                 most_swaps=settings.max_swaps,
@@ -47,17 +51,30 @@ def build_catalog(settings: Settings, *, worker_log_level: str, worker_log_json:
             worker_log_json=worker_log_json,
         )
     return ModelCatalog(
-        _served(model, config, worker_log_level, worker_log_json)
+        _served(model, config, worker_limits(settings), worker_log_level, worker_log_json)
         for model, config in zip(chosen, configs, strict=True)
     )
 
 
-def _served(model: ModelSettings, config: EngineConfig, log_level: str, log_json: bool) -> ServedModel:
+def worker_limits(settings: Settings) -> WorkerLimits:
+    """When workers are given up."""
+    return WorkerLimits(
+        resume_wait_s=settings.resume_wait_s,
+        stall_s=settings.stall_s,
+        stall_steps=settings.stall_steps,
+        kill_factor=settings.stall_kill_factor,
+        max_step_s=settings.max_step_s,
+    )
+
+
+def _served(
+    model: ModelSettings, config: EngineConfig, limits: WorkerLimits, log_level: str, log_json: bool
+) -> ServedModel:
     folder = resolve_model(model.model, model.revision)
     logger.info("%s: %s, %s CPU threads", model.id, folder, config.num_threads)
     return ServedModel(
         id=model.id,
-        engine=WorkerModel(config, name=model.id, log_level=log_level, log_json=log_json),
+        engine=WorkerModel(config, name=model.id, log_level=log_level, log_json=log_json, limits=limits),
         tokenizer_source=Tokenizer.load(folder),
         generation_defaults=generation_defaults(folder),
         aliases=model.aliases,

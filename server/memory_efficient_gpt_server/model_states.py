@@ -16,6 +16,7 @@ class ModelState(StrEnum):
 
     LOADING = "loading"
     READY = "ready"
+    ASLEEP = "asleep"
     DRAINING = "draining"
     FAILED = "failed"
     CLOSED = "closed"

@@ -19,8 +19,6 @@ from memory_efficient_gpt.request import Cost, Request, SequenceEvent
 from memory_efficient_gpt_server.event_stream import EventStream
 
 SEED_BITS: Final = 63
-RESUME_WAIT_S: Final = 120.0
-"""Room for the load of a large model, or for a small one's third restart."""
 
 
 class OpenRequest:
@@ -64,7 +62,7 @@ class OpenRequests:
     resume_wait_s: how long those of a dead worker wait for `resumed` to be called.
     """
 
-    def __init__(self, resume_wait_s: float = RESUME_WAIT_S) -> None:
+    def __init__(self, resume_wait_s: float) -> None:
         self._requests: dict[str, OpenRequest] = {}
         self._resume_wait_s = resume_wait_s
         self._deadline: asyncio.TimerHandle | None = None

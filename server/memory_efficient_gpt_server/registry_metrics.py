@@ -1,6 +1,6 @@
 """The registry's numbers for Prometheus.
 
-Purpose: states, loads, evictions, queue and bytes of models that are loaded on demand.
+Purpose: states, loads, evictions, sleeps, queue and bytes of models that are loaded on demand.
 Does not know: how any of it comes about.
 Invariant: only ids of registered models become labels, as clients can choose many variants: these are added
 up; every model has exactly one state, and every counter from the start (a counter that begins with 1 has no
@@ -23,6 +23,7 @@ from memory_efficient_gpt_server.registry.records import VariantRecord
 from memory_efficient_gpt_server.registry.states import LIVELIEST_FIRST, State
 
 _EVICTIONS: Final = (UnloadReason.BUDGET, UnloadReason.OVERCOMMIT, UnloadReason.TTL, UnloadReason.ADMIN)
+_SLEEPS: Final = (UnloadReason.BUDGET, UnloadReason.OVERCOMMIT, UnloadReason.ADMIN)
 _LOAD_RESULTS: Final = ("success", "failure")
 
 
@@ -31,6 +32,7 @@ def registry_metrics(registry: Registry) -> Iterator[Metric]:
     yield _states(registry)
     yield from _loads(registry)
     yield _evictions(registry)
+    yield from _sleeps(registry)
     yield GaugeMetricFamily(
         "megpt_load_queue_depth", "Requests that wait for a model.", value=len(registry.state.queue)
     )
@@ -81,6 +83,24 @@ def _evictions(registry: Registry) -> Metric:
     for model_id, reason in product(registry.models, _EVICTIONS):
         family.add_metric([model_id, reason], registry.tally.unloads[model_id, reason])
     return family
+
+
+def _sleeps(registry: Registry) -> Iterator[Metric]:
+    sleeps = CounterMetricFamily(
+        "megpt_model_sleeps",
+        "Models put to sleep instead of being unloaded, by reason.",
+        labels=["model_name", "reason"],
+    )
+    for model_id, reason in product(registry.models, _SLEEPS):
+        sleeps.add_metric([model_id, reason], registry.tally.sleeps[model_id, reason])
+    yield sleeps
+    seconds = HistogramMetricFamily(
+        "megpt_model_wake_seconds", "Time from asleep to ready.", labels=["model_name"]
+    )
+    for model_id in registry.models:
+        buckets, total = registry.tally.wake_s[model_id].cumulative()
+        seconds.add_metric([model_id], buckets, total)
+    yield seconds
 
 
 def _leases(registry: Registry) -> Metric:

@@ -74,6 +74,11 @@ class Settings(BaseSettings):
         ge=1,
         description="what loaded models may take together on a device; null: all models are loaded and stay",
     )
+    host_budget_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="host memory for models on GPUs, mostly for sleeping ones; null: half; not used on CPUs",
+    )
     load_wait_s: float = Field(
         300.0, gt=0, description="longest wait of a request for a model that is not loaded, in seconds"
     )
@@ -93,6 +98,21 @@ class Settings(BaseSettings):
         128, ge=1, description="sequences one key may have under way; more: 429; null: no limit"
     )
     request_timeout_s: float = Field(600.0, gt=0, description="longest time for one request, in seconds")
+    resume_wait_s: float = Field(
+        120.0, gt=0, description="time that a dead worker's requests wait for the next one, in seconds"
+    )
+    stall_s: float = Field(
+        10.0, gt=0, description="a worker with work that makes no step for so long is stuck, in seconds"
+    )
+    stall_steps: float = Field(
+        20.0, ge=1, description="the same as a multiple of its 99th percentile step; the longer time counts"
+    )
+    stall_kill_factor: float = Field(
+        2.5, ge=1, description="a stuck worker that uses no CPU either is killed after so many times that"
+    )
+    max_step_s: float = Field(
+        600.0, gt=0, description="a stuck worker is killed after so long though it computes, in seconds"
+    )
     keepalive_s: float = Field(15.0, gt=0, description="silence before a stream gets a comment, in seconds")
     stream_stall_s: float = Field(30.0, gt=0, description="time a client may not read its stream, in seconds")
     stream_interval_s: float = Field(

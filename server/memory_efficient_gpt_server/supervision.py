@@ -8,6 +8,7 @@ Invariant: a worker that keeps dying is given up; a worker that computes slowly 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import Final
 
 FIRST_DELAY_S: Final = 1.0
@@ -16,6 +17,9 @@ MAX_DEATHS: Final = 5
 DEATHS_WINDOW_S: Final = 600.0
 STEADY_AFTER_S: Final = 60.0
 
+RESUME_WAIT_S: Final = 120.0
+"""Room for the load of a large model, or for a small one's third restart."""
+
 LEAST_STALL_S: Final = 10.0
 STALL_STEPS: Final = 20.0
 KILL_AFTER_STALLS: Final = 2.5
@@ -23,6 +27,33 @@ LEAST_LOAD: Final = 0.05
 """Share of a core above which a process counts as computing."""
 LONGEST_STEP_S: Final = 600.0
 """A step that computes longer than this is not slow but endless."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLimits:
+    """What an operator may choose of the rules below. Times in seconds.
+
+    resume_wait_s: how long a dead worker's requests wait for the next one. stall_s, stall_steps: a worker
+    that makes no step for the longer of stall_s and stall_steps x the 99th percentile of its steps is stuck.
+    kill_factor: after so many times that, a stuck one that does not compute is killed. max_step_s: after so
+    long any stuck one is.
+    """
+
+    resume_wait_s: float = RESUME_WAIT_S
+    stall_s: float = LEAST_STALL_S
+    stall_steps: float = STALL_STEPS
+    kill_factor: float = KILL_AFTER_STALLS
+    max_step_s: float = LONGEST_STEP_S
+
+    def stall_rule(self, now_s: float) -> StallRule:
+        """A rule with these limits, its clock started."""
+        return StallRule(
+            now_s,
+            least_s=self.stall_s,
+            steps=self.stall_steps,
+            kill_after=self.kill_factor,
+            longest_step_s=self.max_step_s,
+        )
 
 
 class RestartRule:
@@ -53,8 +84,8 @@ class StallRule:
 
     Being stuck makes it unready. It is beyond hope only if it does not compute either: a first step may
     be a long prompt through a large model on a slow machine, and killing that would only start it again.
-    `functools.partial` sets other limits: least_s and steps for being stuck, kill_after (a multiple of that
-    limit) and longest_step_s for being killed.
+    Limits: least_s and steps for being stuck, kill_after (a multiple of that limit) and longest_step_s for
+    being killed.
     """
 
     def __init__(
@@ -97,3 +128,6 @@ class StallRule:
         """Whether it has been stuck for so long, and idle, that it should be killed."""
         idle_s = now_s - max(self._moved_s, self._computed_s)
         return idle_s > self._kill_after * self.limit_s or now_s - self._moved_s > self._longest_step_s
+
+
+USUAL_LIMITS: Final = WorkerLimits()

@@ -13,6 +13,9 @@ reader holds up nobody: its unread events are merged, so they take no more than 
 
 A request waits once, and only so long; a second death ends it. While DRAINING a dead worker is replaced
 too as long as a request waits.
+
+READY --sleep()--> ASLEEP --wake()--> READY. A worker that dies in its sleep is not replaced, as its successor
+would take memory that was promised to others: the model is FAILED then.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
 from memory_efficient_gpt.config import EngineConfig
-from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
+from memory_efficient_gpt.engine_info import EngineInfo, EngineStats, SleepReport
 from memory_efficient_gpt.errors import (
+    EngineFailedError,
     InvalidRequestError,
     MegptError,
     ModelLoadError,
@@ -43,8 +47,12 @@ from memory_efficient_gpt.frames import (
     Pong,
     Progress,
     Ready,
+    Sleep,
+    Slept,
     Stats,
     Submit,
+    Wake,
+    Woke,
     encode,
 )
 from memory_efficient_gpt.request import Request
@@ -54,9 +62,10 @@ from memory_efficient_gpt_server.counters import add_counters
 from memory_efficient_gpt_server.event_stream import EventStream
 from memory_efficient_gpt_server.model_states import LoadProgress, LoadTimes
 from memory_efficient_gpt_server.model_states import ModelState as ModelState
-from memory_efficient_gpt_server.open_requests import RESUME_WAIT_S, OpenRequest, OpenRequests
-from memory_efficient_gpt_server.supervision import RestartRule, StallRule
+from memory_efficient_gpt_server.open_requests import OpenRequest, OpenRequests
+from memory_efficient_gpt_server.supervision import USUAL_LIMITS, RestartRule, WorkerLimits
 from memory_efficient_gpt_server.worker_process import WorkerProcess, how_it_ended
+from memory_efficient_gpt_server.worker_sleep import SleepSwitch
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +90,7 @@ class WorkerModel:
         log_json: bool = False,
         load: LoadEngine = load_engine,
         restart_rule: Callable[[], RestartRule] = RestartRule,
-        stall_rule: Callable[[float], StallRule] = StallRule,
-        resume_wait_s: float = RESUME_WAIT_S,
+        limits: WorkerLimits = USUAL_LIMITS,
     ) -> None:
         self.config = config
         self.name = name or config.model
@@ -99,8 +107,9 @@ class WorkerModel:
         self._log_level, self._log_json = log_level, log_json
         self._load = load
         self._restart_rule = restart_rule()
-        self._new_stall_rule, self._stall_rule = stall_rule, stall_rule(0.0)
-        self._open = OpenRequests(resume_wait_s)
+        self._limits, self._stall_rule = limits, limits.stall_rule(0.0)
+        self._open = OpenRequests(limits.resume_wait_s)
+        self._sleep_switch = SleepSwitch()
         self._process: WorkerProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
@@ -177,6 +186,23 @@ class WorkerModel:
                 self._settled.clear()
                 await self._settled.wait()
 
+    async def sleep(self) -> SleepReport:
+        """Let the idle worker give its memory back. Raises EngineFailedError: it must be closed then."""
+        process = self._process
+        if not self.ready or self._open or process is None:
+            raise EngineFailedError(f"{self.name} is {self.state} with {len(self._open)} requests aboard")
+        self._set_state(ModelState.ASLEEP, None)
+        return await self._sleep_switch.ask(process, Sleep(), self.info)
+
+    async def wake(self) -> None:
+        """Take requests again. Raises EngineFailedError as `sleep`."""
+        process = self._process
+        if self.state is not ModelState.ASLEEP or process is None:
+            raise EngineFailedError(f"{self.name} is {self.state} and does not sleep")
+        await self._sleep_switch.ask(process, Wake(), self.info)
+        if self.state is ModelState.ASLEEP:
+            self._set_state(ModelState.READY, None)
+
     async def close(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, give those aboard `drain_s` seconds, end the worker, wait until it is gone."""
         if self.state is ModelState.CLOSED:
@@ -252,6 +278,8 @@ class WorkerModel:
         was_ready_s, self._ready_s = self._ready_s, None
         if was_ready_s is not None:
             self._open.crashed(self.name, how)
+        if self.state is ModelState.ASLEEP:
+            self._give_up(str(self._last_words or f"its worker {how} in its sleep"))
         if self.state not in (ModelState.LOADING, ModelState.READY) and not self._open:
             return None
         if was_ready_s is None and self._last_words is not None:
@@ -307,6 +335,10 @@ class WorkerModel:
                 self._became_ready(info)
             case Failed(error):
                 self._last_words = error
+            case Slept(report):
+                self._sleep_switch.answered(report)
+            case Woke():
+                self._sleep_switch.answered(SleepReport())
             case Pong():
                 pass
             case _:
@@ -315,7 +347,7 @@ class WorkerModel:
     def _became_ready(self, info: EngineInfo) -> None:
         self._ready_s = time.monotonic()
         self.times.ready_s = self._ready_s - self._asked_s
-        self._stall_rule = self._new_stall_rule(self._ready_s)
+        self._stall_rule = self._limits.stall_rule(self._ready_s)
         self.info = info
         self.progress = LoadProgress("ready", 1.0)
         logger.info("%s is ready after %.2f s.", self.name, self.times.ready_s)
@@ -359,19 +391,7 @@ class WorkerModel:
                 raise OverloadedError(f"{self.name} is loading ({self.reason}). Try again in a few seconds.")
             case ModelState.DRAINING:
                 raise OverloadedError("The server is shutting down. Try again later.", retry_after_s=5.0)
+            case ModelState.ASLEEP:
+                raise OverloadedError(f"{self.name} sleeps. Try again in a few seconds.")
             case _:
                 raise ModelLoadError(f"{self.name} is {self.state}: {self.reason}")
-
-
-def divide_threads(configs: Sequence[EngineConfig], num_threads: int) -> list[EngineConfig]:
-    """Give each config that leaves `num_threads` open an equal share of the CPU threads, at least one.
-
-    Threads that other configs ask for by number are theirs; the rest is divided, the first models get
-    the remainder.
-    """
-    open_ones = [config for config in configs if config.num_threads is None]
-    left = num_threads - sum(config.num_threads or 0 for config in configs)
-    shares = iter(
-        max(1, left // len(open_ones) + (rank < left % len(open_ones))) for rank in range(len(open_ones))
-    )
-    return [c if c.num_threads is not None else replace(c, num_threads=next(shares)) for c in configs]

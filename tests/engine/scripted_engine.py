@@ -6,11 +6,11 @@ import os
 import re
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from memory_efficient_gpt.config import EngineConfig
-from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
+from memory_efficient_gpt.engine_info import EngineInfo, EngineStats, SleepReport
 from memory_efficient_gpt.errors import CheckpointError, InvalidRequestError
 from memory_efficient_gpt.request import FinishReason, Request, SamplingParams, SequenceEvent
 from memory_efficient_gpt.worker import ProgressCallback
@@ -41,12 +41,14 @@ class ScriptedEngine:
     requests: dict[str, Request] = field(default_factory=dict)
     counters: EngineStats = field(default_factory=lambda: EngineStats(num_kv_blocks=100))
     closed: bool = False
+    asleep: bool = False
 
     @property
     def has_work(self) -> bool:
         return bool(self.running)
 
     def submit(self, request: Request) -> None:
+        assert not self.asleep, "a sleeping engine is given work"
         if request.prompt_token_ids[0] == REFUSE:
             raise InvalidRequestError("temperature must be lower.", param="temperature")
         if request.prompt_token_ids[0] == SUBMIT_BUG:
@@ -102,6 +104,27 @@ class ScriptedEngine:
         self.counters.num_free_blocks = 100 - 10 * len(self.running)
         return self.counters
 
+    def sleep(self) -> SleepReport:
+        """Fails, hangs or dies as the model's name asks."""
+        assert not self.running and not self.asleep
+        self._stumble("sleep")
+        self.asleep = True
+        return SleepReport(kv_bytes=1, parked_bytes=self.info.weights_bytes, device_bytes=3)
+
+    def wake(self) -> None:
+        assert self.asleep
+        self._stumble("wake")
+        self.asleep = False
+
+    def _stumble(self, at: str) -> None:
+        match self.info.model.split():
+            case ["fails", when] if when == at:
+                raise MemoryError("secret detail")
+            case ["hangs", when] if when == at:
+                time.sleep(1000)
+            case ["dies", when] if when == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
     def close(self) -> None:
         self.closed = True
 
@@ -110,6 +133,7 @@ def load_scripted(config: EngineConfig, progress: ProgressCallback) -> ScriptedE
     """Loads, or fails as the model's name asks.
 
     "WHAT-again FOLDER" does it from the second time on, "WHAT-second FOLDER" the second time only.
+    "fails sleep", "hangs wake", "dies sleep" and so on load, and do it then.
     """
     progress("reading the script", 0.5)
     what = config.model
@@ -131,7 +155,7 @@ def load_scripted(config: EngineConfig, progress: ProgressCallback) -> ScriptedE
             time.sleep(1000)
         case "slow":
             time.sleep(0.5)
-    return ScriptedEngine()
+    return ScriptedEngine(replace(INFO, model=config.model))
 
 
 def _times_loaded(folder: Path) -> int:

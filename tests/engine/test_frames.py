@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from memory_efficient_gpt import errors, frames
 from memory_efficient_gpt.config import EngineConfig
-from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
+from memory_efficient_gpt.engine_info import EngineInfo, EngineStats, SleepReport
 from memory_efficient_gpt.errors import ConfigError, EngineFailedError, MegptError, OverloadedError
 from memory_efficient_gpt.frames import (
     HEADER,
@@ -29,8 +29,12 @@ from memory_efficient_gpt.frames import (
     Pong,
     Progress,
     Ready,
+    Sleep,
+    Slept,
     Stats,
     Submit,
+    Wake,
+    Woke,
     decode,
     encode,
     encode_events,
@@ -67,6 +71,9 @@ CONFIG = EngineConfig(
     overlap=True, native_kernels=False, cuda_graphs=False, tier="C", debug_checks=True,
 )  # fmt: skip
 STATS = EngineStats(**{f.name: number for number, f in enumerate(fields(EngineStats), start=1)})
+REPORT = SleepReport(
+    parked_bytes=2**40, pinned=True, device_bytes=1, kv_bytes=2, dropped_bytes=3, seconds=0.5
+)
 LOGPROBS = [TokenLogprob(1, -0.5, ((1, -0.5), (2, float("-inf"))))]
 FULL_EVENT = SequenceEvent(
     request_id="r", index=3, token_ids=[5, 6], logprobs=LOGPROBS, prompt_logprobs=[None, *LOGPROBS],
@@ -83,6 +90,7 @@ EVENTS = [
 MESSAGES: list[Message] = [
     Submit(REQUEST), Submit(Request(id="x", prompt_token_ids=())), Abort("r"), Abort("r", 0), Drain(),
     Close(), Ping(2**40), Pong(0), Progress("reading", 0.5), Ready(INFO), Events(EVENTS), Stats(STATS, 0.01),
+    Sleep(), Wake(), Slept(REPORT), Woke(),
 ]  # fmt: skip
 
 
@@ -96,7 +104,9 @@ def test_every_message_survives_the_wire(message: Message) -> None:
     assert FrameDecoder().feed(encode(message)) == [message]
 
 
-@pytest.mark.parametrize("record", [PARAMS, REQUEST, INFO, STATS, CONFIG], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "record", [PARAMS, REQUEST, INFO, STATS, REPORT, CONFIG], ids=lambda r: type(r).__name__
+)
 def test_every_field_of_a_record_is_carried(record: Any) -> None:
     packed = pack_record(record)
     unused = {"kv_cache_bytes"} if record is CONFIG else set()  # excludes num_kv_blocks

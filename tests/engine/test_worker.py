@@ -7,12 +7,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 import pytest
 
 from memory_efficient_gpt import worker as worker_module
-from memory_efficient_gpt.engine_info import EngineStats
+from memory_efficient_gpt.engine_info import EngineStats, SleepReport
 from memory_efficient_gpt.errors import EngineFailedError, InvalidRequestError, OverloadedError
 from memory_efficient_gpt.frames import (
     Abort,
@@ -24,8 +25,12 @@ from memory_efficient_gpt.frames import (
     Message,
     Ping,
     Pong,
+    Sleep,
+    Slept,
     Stats,
     Submit,
+    Wake,
+    Woke,
     encode,
 )
 from memory_efficient_gpt.request import FinishReason, Request, SequenceEvent
@@ -239,6 +244,37 @@ def test_close_ends_the_worker_at_once(server: Server) -> None:
     server.send(Close())
     assert server.join() == EXIT_CLOSED
     assert server.engine.closed
+
+
+def test_sleep_waits_for_what_is_aboard_and_requests_come_again_after_wake(server: Server) -> None:
+    server.send(Submit(request(COUNT, delay_ms=2, max_tokens=20)), Sleep())
+    assert server.events_until_end()[-1].finish_reason is FinishReason.LENGTH
+    assert server.next(Slept).report == SleepReport(kv_bytes=1, parked_bytes=1, device_bytes=3)
+    assert not [m for m in server.passed if isinstance(m, Slept)] and server.engine.asleep
+    server.send(Ping(1), Wake())
+    assert server.next(Pong).nonce == 1, "it listens in its sleep"
+    server.next(Woke)
+    server.send(Submit(request(COUNT, request_id="next")))
+    assert server.events_until_end("next")[-1].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("wish", ["sleep", "wake"])
+def test_a_failed_sleep_or_wake_ends_the_worker(
+    wish: str, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.engine.info = replace(server.engine.info, model=f"fails {wish}")
+    server.send(Sleep(), Wake())
+    failed = server.next(Failed)
+    assert f"could not {wish} (MemoryError)" in str(failed.error) and "secret" not in str(failed.error)
+    assert "secret detail" in caplog.text
+    assert server.join() == EXIT_ENGINE_FAILED and server.engine.closed
+
+
+def test_a_sleeping_worker_is_closed_at_once(server: Server) -> None:
+    server.send(Sleep())
+    server.next(Slept)
+    server.send(Close())
+    assert server.join() == EXIT_CLOSED
 
 
 def test_ping_is_answered_at_work_and_at_rest(server: Server) -> None:

@@ -57,7 +57,7 @@ def test_an_end_without_a_token_is_kept_too() -> None:
 
 
 def test_what_the_worker_tells_of_unknown_sequences_is_dropped() -> None:
-    requests = OpenRequests()
+    requests = OpenRequests(resume_wait_s=60.0)
     requests.add(opened())
     requests.deliver(news(5, index=7))
     requests.deliver(SequenceEvent(request_id="unknown", token_ids=[1]))
@@ -66,7 +66,7 @@ def test_what_the_worker_tells_of_unknown_sequences_is_dropped() -> None:
 
 def test_the_second_crash_ends_those_that_saw_the_first() -> None:
     async def run() -> None:
-        requests = OpenRequests()
+        requests = OpenRequests(resume_wait_s=60.0)
         old, new = opened("old"), opened("new")
         requests.add(old)
         requests.crashed("m", "died")

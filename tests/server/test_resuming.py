@@ -10,7 +10,6 @@ import re
 import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import httpx
@@ -22,7 +21,7 @@ from memory_efficient_gpt.engine_info import EngineStats
 from memory_efficient_gpt.errors import EngineFailedError, ModelLoadError, OverloadedError
 from memory_efficient_gpt.request import FinishReason
 from memory_efficient_gpt_server import workers as workers_module
-from memory_efficient_gpt_server.supervision import StallRule
+from memory_efficient_gpt_server.supervision import WorkerLimits
 from memory_efficient_gpt_server.worker_process import start_fork_server
 from memory_efficient_gpt_server.workers import ModelState, WorkerModel
 from tests.engine.scripted_engine import COUNT, FAIL, HANG, KILLED, request
@@ -141,10 +140,11 @@ def test_an_ended_sequence_is_not_begun_again() -> None:
 
 def test_the_wait_for_the_next_worker_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers_module, "WATCH_INTERVAL_S", 0.05)
-    hasty = partial(StallRule, least_s=0.4, kill_after=1)  # a worker that loads has no work yet
+    # a worker that loads has no work yet
+    hasty = WorkerLimits(resume_wait_s=1.5, stall_s=0.4, kill_factor=1)
 
     async def run() -> None:
-        async with serving(f"endless-again {tmp_path}", resume_wait_s=1.5, stall_rule=hasty) as model:
+        async with serving(f"endless-again {tmp_path}", limits=hasty) as model:
             stream = model.submit(request(COUNT, delay_ms=1, max_tokens=10**6))
             await anext(stream)
             kill(model)
@@ -236,10 +236,10 @@ def test_a_hung_worker_is_not_ready_and_is_killed_like_a_crashed_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(workers_module, "WATCH_INTERVAL_S", 0.05)
-    hasty = partial(StallRule, least_s=0.5, kill_after=2)
+    hasty = WorkerLimits(stall_s=0.5, kill_factor=2)
 
     async def run() -> None:
-        async with serving(stall_rule=hasty) as model:
+        async with serving(limits=hasty) as model:
             await asyncio.sleep(0.7)
             assert not model.stalled  # idle is not stuck
             bystander = model.submit(request(COUNT, request_id="bystander", delay_ms=1, max_tokens=500))

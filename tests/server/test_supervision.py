@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from memory_efficient_gpt_server.supervision import RestartRule, StallRule
+from memory_efficient_gpt_server.hosting import worker_limits
+from memory_efficient_gpt_server.settings import load_settings
+from memory_efficient_gpt_server.supervision import USUAL_LIMITS, RestartRule, StallRule, WorkerLimits
 
 
 def test_restarts_wait_twice_as_long_each_time() -> None:
@@ -68,6 +70,17 @@ def test_a_worker_that_stops_to_compute_is_killed() -> None:
     rule.observed(cpu_s=20.0, now_s=40.0)
     assert not rule.beyond_hope(44.0)
     assert rule.beyond_hope(46.0)
+
+
+def test_the_settings_limits_are_the_workers() -> None:
+    given = {"resume_wait_s": 7, "stall_s": 1, "stall_steps": 2, "stall_kill_factor": 3, "max_step_s": 100}
+    limits = worker_limits(load_settings(given, {}).settings)
+    assert limits == WorkerLimits(resume_wait_s=7, stall_s=1, stall_steps=2, kill_factor=3, max_step_s=100)
+    assert worker_limits(load_settings({}, {}).settings) == USUAL_LIMITS == WorkerLimits()
+    rule = limits.stall_rule(0.0)
+    assert rule.stalled(1.1) and not rule.beyond_hope(2.9) and rule.beyond_hope(3.1)
+    rule.observed(cpu_s=100.0, now_s=100.0)
+    assert not rule.beyond_hope(99.9) and rule.beyond_hope(100.1)
 
 
 def test_limits_can_be_set() -> None:

@@ -20,8 +20,9 @@ from memory_efficient_gpt.errors import (
     OverloadedError,
 )
 from memory_efficient_gpt.request import FinishReason, Request, SamplingParams
+from memory_efficient_gpt_server.thread_shares import divide_threads
 from memory_efficient_gpt_server.worker_process import start_fork_server
-from memory_efficient_gpt_server.workers import ModelState, WorkerModel, divide_threads
+from memory_efficient_gpt_server.workers import ModelState, WorkerModel
 from tests.engine.scripted_engine import COUNT, REFUSE, request
 from tests.server.worker_models import answer, serving, tokens, until
 

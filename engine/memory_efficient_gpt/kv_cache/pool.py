@@ -88,6 +88,30 @@ class KVPool:
                     bits = tensor.view(torch.uint8) if tensor.dtype is torch.float8_e4m3fn else tensor
                     bits[target] = bits[source]
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors of all layers."""
+        parts = ((c.key, c.value, c.key_scale, c.value_scale) for c in self.caches)
+        return [tensor for layer in parts for tensor in layer if tensor is not None]
+
+    def release(self) -> int:
+        """Give back all memory that can be, the trash block's too; returns the bytes. Content is lost.
+
+        On a GPU nothing may touch the pool until `restore`; on a CPU it can be written at any time.
+        """
+        if self.caches[0].key.device.type == "cpu":
+            return self.give_back(range(self.num_blocks))
+        for tensor in self.tensors():
+            tensor.untyped_storage().resize_(0)
+        return self.num_bytes
+
+    def restore(self) -> None:
+        """Have memory again after `release`, all zero. Raises RuntimeError if there is none."""
+        for tensor in self.tensors():
+            storage, size = tensor.untyped_storage(), tensor.numel() * tensor.element_size()
+            if storage.nbytes() != size:
+                storage.resize_(size)
+                tensor.zero_()
+
     def give_back(self, blocks: Sequence[int]) -> int:
         """Give the memory of `blocks` (ascending, owned by nobody) back to the system; returns the bytes.
 
@@ -97,8 +121,7 @@ class KVPool:
         if self.caches[0].key.device.type != "cpu" or sys.platform != "linux":
             return 0
         runs = _runs(blocks)
-        tensors = (t for c in self.caches for t in (c.key, c.value, c.key_scale, c.value_scale))
-        return sum(_release_pages(t, first, count) for t in tensors if t is not None for first, count in runs)
+        return sum(_release_pages(t, first, count) for t in self.tensors() for first, count in runs)
 
 
 def _runs(blocks: Sequence[int]) -> list[tuple[int, int]]:

@@ -32,7 +32,7 @@ _NEXT: Final[Mapping[str, str]] = MappingProxyType(
     {
         "insufficient_memory": "`megpt models` shows what each takes.",
         "models_busy": "`megpt top` shows who uses them.",
-        "model_busy": "--mode drain waits for its requests, --mode abort ends them.",
+        "model_busy": "`megpt unload`: --mode drain waits for its requests, --mode abort ends them.",
         "request_timeout": "It goes on; `megpt ps` shows how far it is.",
         "wrong_state": "`megpt models` shows it.",
     }
@@ -86,7 +86,10 @@ class AdminClient:
         return self._send("GET", "/metrics").text
 
     def operate(self, model: str, operation: str, body: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
-        """Load or unload: whether it is done, and the model as it is now. A wait has no time limit."""
+        """Load, unload, sleep or wake: whether it is done, and the model as it is now.
+
+        A wait has no time limit.
+        """
         path = f"{self._path_of(model)}/{operation}"
         response = self._send("POST", path, body, timeout_s=None if body["wait"] else ANSWER_TIMEOUT_S)
         return response.status_code == 200, self._json(response, "state")

@@ -25,7 +25,14 @@ from memory_efficient_gpt_server.commands.top_readings import (
 
 _BAR_CELLS: Final = 30
 _STATE_STYLES: Final[Mapping[str, str]] = MappingProxyType(
-    {"ready": "green", "failed": "bold red", "unloaded": "dim", "queued": "yellow", "loading": "yellow"}
+    {
+        "ready": "green",
+        "failed": "bold red",
+        "unloaded": "dim",
+        "queued": "yellow",
+        "loading": "yellow",
+        "asleep": "blue",
+    }
 )
 _OTHER_STATE: Final = "cyan"
 _NUMBERS: Final = ("leases", "waiting", "memory", "prompt tok/s", "output tok/s")

@@ -19,6 +19,7 @@ from memory_efficient_gpt_server.registry.states import HAS_PROCESS, State
 from memory_efficient_gpt_server.registry.variants import HOST, VariantKey
 
 RETRY_WHEN_FULL_S: Final = 5.0
+_CANNOT_SLEEP: Final = "it has nothing to give back: its weights are in host memory, its KV cache is not ours"
 
 
 def load(draft: Draft, event: AdminLoad) -> None:
@@ -90,23 +91,44 @@ def _drain(draft: Draft, record: VariantRecord, deadline_s: float | None) -> Non
 def sleep(draft: Draft, operation: int, key: VariantKey) -> None:
     """Put an idle ready variant to sleep, if it can and the host has room."""
     record = draft.records.get(key)
-    if record is None or record.state is not State.READY or not record.needs.can_sleep:
-        draft.refuse(operation, RefusalKind.WRONG_STATE)
-    elif record.leases:
-        draft.refuse(operation, RefusalKind.MODEL_BUSY)
-    elif HOST not in draft.ledger.budgets or (
-        draft.ledger.available_bytes(HOST) < record.needs.weights_bytes
-    ):
-        draft.refuse(operation, RefusalKind.INSUFFICIENT_MEMORY)
+    if record is None or record.state not in (State.READY, State.SLEEPING, State.ASLEEP):
+        state = State.UNLOADED if record is None else record.state
+        draft.refuse(operation, RefusalKind.WRONG_STATE, detail=f"it is {state}; only a ready one can sleep")
+    elif record.state is State.ASLEEP and key not in draft.queue:
+        draft.finish((operation,))
+    elif record.state is State.SLEEPING and key not in draft.queue:
+        draft.put(record, sleepers=(*record.sleepers, operation))
+    elif record.leases or key in draft.queue:
+        draft.refuse(operation, RefusalKind.MODEL_BUSY, detail="try again when it is idle")
+    elif draft.entries[key.model_id].pinned:
+        draft.refuse(operation, RefusalKind.MODEL_PINNED)
+    elif not record.needs.can_sleep:
+        draft.refuse(operation, RefusalKind.WRONG_STATE, detail=_CANNOT_SLEEP)
+    elif record.needs.parked_bytes > _host_room_bytes(draft):
+        draft.refuse(operation, RefusalKind.INSUFFICIENT_MEMORY, detail=_host_shortage(draft, record))
     else:
-        draft.sleep(record, UnloadReason.ADMIN, sleeper=operation)
+        draft.sleep(record, UnloadReason.ADMIN, sleepers=(operation,))
+
+
+def _host_room_bytes(draft: Draft) -> int:
+    return max(0, draft.ledger.available_bytes(HOST)) if HOST in draft.ledger.budgets else 0
+
+
+def _host_shortage(draft: Draft, record: VariantRecord) -> str:
+    return (
+        f"its weights take {record.needs.parked_bytes:,} bytes of host memory, where "
+        f"{_host_room_bytes(draft):,} are left"
+    )
 
 
 def wake(draft: Draft, operation: int, key: VariantKey) -> None:
     """Wake a variant that sleeps or is about to."""
     record = draft.records.get(key)
     if record is None or record.state not in (State.SLEEPING, State.ASLEEP, State.WAKING, State.READY):
-        draft.refuse(operation, RefusalKind.WRONG_STATE)
+        state = State.UNLOADED if record is None else record.state
+        draft.refuse(
+            operation, RefusalKind.WRONG_STATE, detail=f"it is {state}; only a sleeping one can wake"
+        )
     else:
         wait_for_load(draft, record, operation, draft.policy.max_wait_s, wants_lease=False)
 

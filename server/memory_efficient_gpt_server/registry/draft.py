@@ -28,7 +28,6 @@ from memory_efficient_gpt_server.registry.planning import Plan
 from memory_efficient_gpt_server.registry.records import Failure, RegistryState, VariantRecord
 from memory_efficient_gpt_server.registry.states import State, fail, move
 from memory_efficient_gpt_server.registry.variants import Estimate, Kind, VariantKey
-from memory_efficient_gpt_server.registry.victims import FREED_BY_SLEEP
 
 
 class Draft:
@@ -163,25 +162,25 @@ class Draft:
         record = self.enter(record, State.READY, resident_since_s=self.now_s, last_used_s=self.now_s)
         return self.serve_group(record)
 
-    def sleep(self, record: VariantRecord, reason: UnloadReason, sleeper: int | None = None) -> None:
-        """Begin to park an unleased variant's weights. Raises LedgerError if the host has no room."""
+    def sleep(self, record: VariantRecord, reason: UnloadReason, sleepers: tuple[int, ...] = ()) -> None:
+        """Begin to put an unleased variant to sleep. Raises LedgerError if the host has no room."""
         assert not record.leases, f"{record.key} is put to sleep in use"
-        self.ledger = self.ledger.begin_freeing(record.key, FREED_BY_SLEEP)
-        self.ledger = self.ledger.reserve(record.key, (record.needs.parked(),))
-        self.enter(record, State.SLEEPING, reason, sleeper=sleeper, drain_for=None, drain_deadline_s=None)
+        self.ledger = self.ledger.begin_freeing(record.key, record.needs.freed_by_sleep)
+        self.ledger = self.ledger.reserve(record.key, record.needs.parked())
+        self.enter(record, State.SLEEPING, reason, sleepers=sleepers, drain_for=None, drain_deadline_s=None)
         self.effects.append(StartSleep(record.key, reason))
 
     def unload(self, record: VariantRecord, reason: UnloadReason, detail: str | None = None) -> None:
         """Begin to end an unleased variant's process; its bytes stay booked until it is gone."""
         assert not record.leases, f"{record.key} is unloaded in use"
         self.ledger = self.ledger.begin_freeing(record.key)
-        if record.sleeper is not None:
-            self.refuse(record.sleeper, RefusalKind.WRONG_STATE, detail="it is being unloaded")
+        for sleeper in record.sleepers:
+            self.refuse(sleeper, RefusalKind.WRONG_STATE, detail=f"it is being unloaded ({detail or reason})")
         self.enter(
             record,
             State.UNLOADING,
             detail or reason,
-            sleeper=None,
+            sleepers=(),
             drain_for=None,
             drain_deadline_s=None,
         )

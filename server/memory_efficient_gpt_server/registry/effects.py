@@ -77,7 +77,7 @@ class StartUnload:
 
 @dataclass(frozen=True, slots=True)
 class StartSleep:
-    """Let the worker park its weights in host memory. Answer: Slept or WorkerDied."""
+    """Let the worker give back what it can without ending. Answer: Slept or WorkerDied."""
 
     key: VariantKey
     reason: UnloadReason
@@ -85,7 +85,7 @@ class StartSleep:
 
 @dataclass(frozen=True, slots=True)
 class StartWake:
-    """Let the worker fetch its weights back. Answer: Woke or WorkerDied."""
+    """Let the worker take it all back. Answer: Woke or WorkerDied."""
 
     key: VariantKey
 

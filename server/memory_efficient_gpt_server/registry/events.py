@@ -100,10 +100,12 @@ class LeaksCleared:
 
 @dataclass(frozen=True, slots=True)
 class Slept:
-    """The weights are parked. `context_bytes`: what the process still has on its device."""
+    """It is asleep. `context_bytes`: what the process still has on its device, besides what sleeping does not
+    free. `parked_bytes`: what its parked weights take; None: as was reserved."""
 
     key: VariantKey
     context_bytes: int
+    parked_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,7 @@ class AdminUnload:
 
 @dataclass(frozen=True, slots=True)
 class AdminSleep:
-    """Put an idle ready variant to sleep."""
+    """Put an idle ready variant to sleep; done at once if it sleeps already."""
 
     operation: int
     key: VariantKey
@@ -171,7 +173,7 @@ class AdminSleep:
 
 @dataclass(frozen=True, slots=True)
 class AdminWake:
-    """Wake a sleeping variant."""
+    """Wake a sleeping variant; done at once if it is ready."""
 
     operation: int
     key: VariantKey

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from memory_efficient_gpt.engine_info import SleepReport
 from memory_efficient_gpt_server.models import ModelEngine
 from memory_efficient_gpt_server.registry.choice import NO_CHOICES, UNQUANTIZED_FACTS, Choices, Facts
 from memory_efficient_gpt_server.registry.variants import Estimate, ModelEntry, VariantKey
 
 
 class LoadableEngine(ModelEngine, Protocol):
-    """An engine that is loaded once and gone when `close` returns."""
+    """An engine that is loaded once and gone when `close` returns. It may sleep in between."""
 
     @property
     def pid(self) -> int | None:
@@ -25,6 +26,12 @@ class LoadableEngine(ModelEngine, Protocol):
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
         """Return once it is ready. Raises ModelLoadError if it failed or was closed, TimeoutError."""
+
+    async def sleep(self) -> SleepReport:
+        """Give memory back while it has no requests. Raises MegptError; it is to be closed then."""
+
+    async def wake(self) -> None:
+        """Take the memory back and requests again. Raises MegptError; it is to be closed then."""
 
 
 @dataclass(frozen=True, slots=True)

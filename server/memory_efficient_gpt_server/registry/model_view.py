@@ -51,6 +51,8 @@ def variant_view(registry: Registry, key: VariantKey) -> dict[str, Any]:
         "process_rss_bytes": None if pid is None else _rss_bytes(pid),
         "last_load_s": None if record is None else record.timings.load_s,
         "last_unload_s": None if record is None else record.timings.unload_s,
+        "last_wake_s": None if record is None else record.timings.wake_s,
+        "can_sleep": None if record is None else record.needs.can_sleep,
     }
 
 

@@ -1,6 +1,6 @@
 """The one task that owns the registry's state: events go in by an inbox, effects come out as deeds.
 
-Purpose: leases, loads and unloads of real engines, decided by `reducer.step`.
+Purpose: leases, loads, sleeps and unloads of real engines, decided by `reducer.step`.
 Does not know: HTTP, settings, worker processes (it sees engines through `LoadableEngine`).
 Invariant: only the owner task changes the state; every waiter and operation is answered once, also when the
 owner fails on its event or closes.
@@ -26,11 +26,15 @@ from memory_efficient_gpt_server.registry.effects import (
     GrantLease,
     Refuse,
     StartLoad,
+    StartSleep,
     StartUnload,
+    StartWake,
 )
 from memory_efficient_gpt_server.registry.events import (
     AdminLoad,
+    AdminSleep,
     AdminUnload,
+    AdminWake,
     Asked,
     Event,
     LeaseReleased,
@@ -138,8 +142,14 @@ class Registry:
         return tuple(dict.fromkeys((own, *used)))
 
     def needs(self, model_id: str) -> bool:
-        """Whether the server isn't ready for want of it: to be loaded at start, and never was or failed."""
-        if model_id not in self.models or not self.models[model_id].at_start:
+        """Whether the server isn't ready for want of it: to be loaded at start, and never was or failed; or
+        loaded, and its worker is being replaced."""
+        if model_id not in self.models:
+            return False
+        for key in self.variants(model_id):
+            if self._life(key).state is State.READY and self.engine(key).state != "ready":
+                return True
+        if not self.models[model_id].at_start:
             return False
         return model_id not in self._loaded_once or self._life(self._key(model_id)).state is State.FAILED
 
@@ -255,6 +265,16 @@ class Registry:
         self._provisions.host(model)
         await self.consider(Patched(model.entry))
 
+    async def sleep(self, name: Named) -> Operation:
+        """Put an idle model to sleep; as `load`. Raises ModelNotFoundError."""
+        key, operation = self._key(name), self._answers.new_id()
+        return await self._begin(operation, key, AdminSleep(operation, key))
+
+    async def wake(self, name: Named) -> Operation:
+        """Wake a sleeping model; as `load`. Raises ModelNotFoundError."""
+        key, operation = self._key(name), self._answers.new_id()
+        return await self._begin(operation, key, AdminWake(operation, key))
+
     # ---- life
 
     def start(self) -> None:
@@ -340,8 +360,14 @@ class Registry:
             case StartUnload(key, reason):
                 logger.info("Unloading %s (%s).", key, reason)
                 self._processes.unload(key, reason)
+            case StartSleep(key, reason):
+                logger.info("Putting %s to sleep (%s).", key, reason)
+                self._processes.sleep(key, reason)
+            case StartWake(key):
+                logger.info("Waking %s.", key)
+                self._processes.wake(key)
             case _:
-                # no estimate says that it can sleep, and nobody asks for other KV sizes
+                # nobody asks for other KV sizes
                 raise AssertionError(f"workers can't do {type(effect).__name__}")
 
     async def _begin(self, operation: int, key: VariantKey, wish: AdminWish) -> Operation:
@@ -404,7 +430,13 @@ def _asker(event: Event) -> int | None:
     match event:
         case Asked(waiter):
             return waiter
-        case AdminLoad(operation) | AdminUnload(operation) | Removed(operation):
+        case (
+            AdminLoad(operation)
+            | AdminUnload(operation)
+            | AdminSleep(operation)
+            | AdminWake(operation)
+            | Removed(operation)
+        ):
             return operation
         case _:
             return None

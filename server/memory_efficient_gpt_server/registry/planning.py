@@ -163,7 +163,7 @@ def remaining_s(view: RegistryView, record: VariantRecord, now_s: float) -> floa
         case State.LOADING:
             return max(0.0, reload_s(view, record) - (now_s - record.life.since_s))
         case State.WAKING:
-            return max(0.0, _wake_s(view, record) - (now_s - record.life.since_s))
+            return max(0.0, wake_s(view, record) - (now_s - record.life.since_s))
         case _:
             return 0.0
 
@@ -224,10 +224,11 @@ def _blockers(view: RegistryView, key: VariantKey, needed: Mapping[str, int]) ->
     )
 
 
-def _wake_s(view: RegistryView, record: VariantRecord) -> float:
+def wake_s(view: RegistryView, record: VariantRecord) -> float:
+    """Seconds to wake the variant, from its own last time or else from a guess."""
     if record.timings.wake_s is not None:
         return record.timings.wake_s
-    return record.needs.weights_bytes / view.policy.wake_bytes_per_s
+    return record.needs.parked_bytes / view.policy.wake_bytes_per_s
 
 
 def _eta_s(
@@ -243,7 +244,7 @@ def _eta_s(
     if record is None:
         own_s = sum(amount.bytes for amount in estimate.awake()) / load_rate(view)
     else:
-        own_s = _wake_s(view, record) if record.state is State.ASLEEP else reload_s(view, record)
+        own_s = wake_s(view, record) if record.state is State.ASLEEP else reload_s(view, record)
     going = [view.records[key] for key in victims.ways]
     going += [r for r in view.records.values() if r.state is State.UNLOADING and verdict is not Verdict.NOW]
     room_s = max([r.timings.unload_s or view.policy.unload_s for r in going], default=0.0)

@@ -1,9 +1,10 @@
 """The engines that run: started, watched and closed as the registry says.
 
-Purpose: turn StartLoad and StartUnload into engines, and what happens to these into events.
+Purpose: turn the registry's effects into deeds of engines, and what happens to these into events.
 Does not know: who waits, what fits.
 Invariant: every load is answered by one of Loaded, LoadFailed and WorkerDied unless it is unloaded first;
-every unload by one ProcessGone, after the engine is closed. An engine that can't be closed keeps its bytes.
+likewise every sleep by Slept or WorkerDied, every wake-up by Woke or WorkerDied; every unload by one
+ProcessGone, after the engine is closed. An engine that can't be closed keeps its bytes.
 """
 
 from __future__ import annotations
@@ -13,23 +14,33 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memory_efficient_gpt.errors import MegptError
-from memory_efficient_gpt_server.registry.events import Event, Loaded, LoadFailed, ProcessGone, WorkerDied
+from memory_efficient_gpt_server.registry.events import (
+    Event,
+    Loaded,
+    LoadFailed,
+    ProcessGone,
+    Slept,
+    Woke,
+    WorkerDied,
+)
 from memory_efficient_gpt_server.registry.hosted import LoadableEngine
 from memory_efficient_gpt_server.registry.tally import Tally
-from memory_efficient_gpt_server.registry.variants import Estimate, VariantKey
+from memory_efficient_gpt_server.registry.variants import HOST, Estimate, VariantKey
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Running:
-    """An engine that was started. `ready`: whether it was once, and its end would be news."""
+    """An engine that was started. `reserved`: what it may take. `task`: its load, sleep or wake-up under way.
+    `ready`: whether it was once, and its end would be news."""
 
     engine: LoadableEngine
-    loading: asyncio.Task[None] | None = None
+    reserved: Estimate
+    task: asyncio.Task[None] | None = None
     ready: bool = False
 
 
@@ -66,8 +77,19 @@ class Processes:
             logger.exception("No engine could be made for %s.", key)
             self._fail(key, f"no engine could be made ({error})")
             return
-        running = self._running[key] = Running(engine)
-        running.loading = asyncio.create_task(self._load(key, running, reserved), name=f"load {key}")
+        running = self._running[key] = Running(engine, reserved)
+        running.task = asyncio.create_task(self._load(key, running), name=f"load {key}")
+
+    def sleep(self, key: VariantKey, reason: str) -> None:
+        """Put an idle engine to sleep in the background."""
+        self._tally.slept(key.model_id, reason)
+        running = self._running[key]
+        running.task = asyncio.create_task(self._sleep(key, running), name=f"sleep {key}")
+
+    def wake(self, key: VariantKey) -> None:
+        """Wake a sleeping engine in the background."""
+        running = self._running[key]
+        running.task = asyncio.create_task(self._wake(key, running), name=f"wake {key}")
 
     def unload(self, key: VariantKey, reason: str) -> None:
         """End the engine in the background, whatever it is doing."""
@@ -83,20 +105,19 @@ class Processes:
         """Look for engines that were ready and have given up."""
         for key, running in self._running.items():
             if running.ready and running.engine.state == "failed":
-                running.ready = False
-                self._post(WorkerDied(key, running.engine.reason or "it ended without a word"))
+                self._died(key, running, running.engine.reason or "it ended without a word")
 
     async def close(self, drain_s: float) -> None:
         """End all engines; all get the same `drain_s` seconds."""
         await asyncio.gather(*self._unloads, return_exceptions=True)
         running, self._running = self._running, {}
         for one in running.values():
-            await _cancelled(one.loading)
+            await _cancelled(one.task)
         async with asyncio.TaskGroup() as group:
             for one in running.values():
                 group.create_task(one.engine.close(drain_s))
 
-    async def _load(self, key: VariantKey, running: Running, reserved: Estimate) -> None:
+    async def _load(self, key: VariantKey, running: Running) -> None:
         began_s = time.monotonic()
         engine = running.engine
         try:
@@ -111,7 +132,40 @@ class Processes:
             return
         running.ready = True
         self._tally.loaded(key.model_id, time.monotonic() - began_s)
-        self._post(Loaded(key, measured(engine, reserved)))
+        self._post(Loaded(key, measured(engine, running.reserved)))
+
+    async def _sleep(self, key: VariantKey, running: Running) -> None:
+        try:
+            report = await running.engine.sleep()
+        except Exception as error:  # noqa: BLE001 - the task's boundary: it is logged and told
+            self._move_failed(key, running, error, "sleep")
+            return
+        size = running.reserved
+        on_host = size.device == HOST
+        kept = 0 if on_host else size.context_bytes + report.device_bytes
+        self._post(Slept(key, kept, None if on_host else report.parked_bytes))
+
+    async def _wake(self, key: VariantKey, running: Running) -> None:
+        began_s = time.monotonic()
+        try:
+            await running.engine.wake()
+        except Exception as error:  # noqa: BLE001 - as above
+            self._move_failed(key, running, error, "wake")
+            return
+        self._tally.woke(key.model_id, time.monotonic() - began_s)
+        self._post(Woke(key, measured(running.engine, running.reserved)))
+
+    def _move_failed(self, key: VariantKey, running: Running, error: Exception, what: str) -> None:
+        expected = isinstance(error, MegptError)
+        why = error.message if isinstance(error, MegptError) else type(error).__name__
+        logger.error("%s could not %s: %s.", key, what, why, exc_info=None if expected else error)
+        self._died(key, running, f"it could not {what}: {why}")
+
+    def _died(self, key: VariantKey, running: Running, reason: str) -> None:
+        """Tell it once."""
+        if running.ready:
+            running.ready = False
+            self._post(WorkerDied(key, reason))
 
     def _fail(self, key: VariantKey, reason: str) -> None:
         self._tally.failed(key.model_id)
@@ -119,7 +173,7 @@ class Processes:
 
     async def _unload(self, key: VariantKey, running: Running) -> None:
         running.ready = False
-        await _cancelled(running.loading)
+        await _cancelled(running.task)
         try:
             await running.engine.close()
         except Exception:  # the task's boundary: bytes whose release is unsure stay booked
@@ -134,13 +188,10 @@ def measured(engine: LoadableEngine, reserved: Estimate) -> Estimate:
     """What a ready engine says it takes; what it doesn't tell is as it was estimated."""
     if engine.info is None:
         return reserved
-    return Estimate(
-        device=reserved.device,
-        weights_bytes=engine.info.weights_bytes,
-        kv_bytes=engine.info.kv_cache_bytes,
-        workspace_bytes=reserved.workspace_bytes,
-        host_bytes=reserved.host_bytes,
-        context_bytes=reserved.context_bytes,
+    info = engine.info
+    can_sleep = reserved.can_sleep and (reserved.device != HOST or info.kv_cache_bytes > 0)
+    return replace(
+        reserved, weights_bytes=info.weights_bytes, kv_bytes=info.kv_cache_bytes, can_sleep=can_sleep
     )
 
 

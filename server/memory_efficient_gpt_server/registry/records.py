@@ -67,8 +67,8 @@ class VariantRecord:
     who use it. last_used_s: when the last lease was granted or released. resident_since_s: when it last
     became ready. strikes_s: its recent failures. failure: set while a failed process is being ended.
     drain_for: the variant it is drained in favour of. drain_deadline_s: when its leases are aborted (an
-    administrator's wish). operations: administrators to be told when its process is gone. sleeper: the one
-    to be told when it is asleep.
+    administrator's wish). operations: administrators to be told when its process is gone. sleepers: those to
+    be told when it is asleep.
     """
 
     key: VariantKey
@@ -84,7 +84,7 @@ class VariantRecord:
     drain_for: VariantKey | None = None
     drain_deadline_s: float | None = None
     operations: tuple[int, ...] = ()
-    sleeper: int | None = None
+    sleepers: tuple[int, ...] = ()
 
     @property
     def state(self) -> State:

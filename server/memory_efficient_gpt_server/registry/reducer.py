@@ -37,10 +37,11 @@ from memory_efficient_gpt_server.registry.events import (
     Woke,
     WorkerDied,
 )
+from memory_efficient_gpt_server.registry.planning import wake_s
 from memory_efficient_gpt_server.registry.records import RegistryState, Timings, VariantRecord
 from memory_efficient_gpt_server.registry.scheduling import advance, relieve
 from memory_efficient_gpt_server.registry.states import HAS_PROCESS, IllegalTransitionError, State
-from memory_efficient_gpt_server.registry.variants import Estimate, Kind, VariantKey
+from memory_efficient_gpt_server.registry.variants import HOST, Estimate, Kind, VariantKey
 from memory_efficient_gpt_server.registry.victims import reload_s
 
 
@@ -124,8 +125,8 @@ def _apply_news(
             _require(record, State.WAKING, event)
             wake_s = draft.now_s - record.life.since_s
             _arrived(draft, record, measured, replace(record.timings, wake_s=wake_s))
-        case Slept(_, context_bytes):
-            _slept(draft, record, context_bytes)
+        case Slept():
+            _slept(draft, record, event)
         case Measured(_, measured):
             _measured(draft, record, measured)
         case LoadFailed(_, reason):
@@ -157,7 +158,8 @@ def _asked(draft: Draft, event: Asked) -> None:
     elif failure_s > draft.now_s:
         draft.refuse(event.waiter, RefusalKind.LOAD_FAILED, failure_s - draft.now_s, detail=why)
     elif event.wait_s is not None and event.wait_s <= 0:
-        draft.refuse(event.waiter, RefusalKind.MODEL_NOT_LOADED, reload_s(draft, record))
+        retry_s = wake_s(draft, record) if record.state is State.ASLEEP else reload_s(draft, record)
+        draft.refuse(event.waiter, RefusalKind.MODEL_NOT_LOADED, retry_s)
     else:
         longest_s = draft.policy.max_wait_s
         wait_s = longest_s if event.wait_s is None else min(event.wait_s, longest_s)
@@ -201,13 +203,14 @@ def _arrived(draft: Draft, record: VariantRecord, measured: Estimate, timings: T
     draft.unload(record, UnloadReason.OVERCOMMIT, reason)
 
 
-def _slept(draft: Draft, record: VariantRecord, context_bytes: int) -> None:
-    device = record.needs.device
-    draft.ledger = draft.ledger.finish_freeing(record.key)
-    draft.ledger = draft.ledger.measure(record.key, Kind.CONTEXT, device, context_bytes)
-    if record.sleeper is not None:
-        draft.finish((record.sleeper,))
-    draft.enter(record, State.ASLEEP, sleeper=None)
+def _slept(draft: Draft, record: VariantRecord, event: Slept) -> None:
+    ledger = draft.ledger.finish_freeing(record.key)
+    ledger = ledger.measure(record.key, Kind.CONTEXT, record.needs.device, event.context_bytes)
+    if event.parked_bytes is not None:
+        ledger = ledger.measure(record.key, Kind.PARKED, HOST, event.parked_bytes)
+    draft.ledger = ledger
+    draft.finish(record.sleepers)
+    draft.enter(record, State.ASLEEP, record.life.reason, sleepers=())
 
 
 def _late_news(draft: Draft, record: VariantRecord, event: Event) -> None:

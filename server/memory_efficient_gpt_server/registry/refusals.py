@@ -22,6 +22,7 @@ from memory_efficient_gpt_server.errors import (
 )
 from memory_efficient_gpt_server.registry.effects import AbortReason, RefusalKind, Refuse
 from memory_efficient_gpt_server.registry.plan_view import plan_view
+from memory_efficient_gpt_server.registry.variants import HOST
 
 DEFAULT_RETRY_AFTER_S = 5.0
 
@@ -40,16 +41,16 @@ def error_for(refusal: Refuse, model_id: str) -> MegptError:
                 f"A request {wait_s:.0f} s from now tries again."
             )
         case RefusalKind.MODEL_BUSY:
-            return ModelBusyError(
-                f"Model {model_id} is in use or waited for. Try again later, or use mode drain or abort."
-            )
+            remedy = refusal.detail or "try again later, or use mode drain or abort"
+            return ModelBusyError(f"Model {model_id} is in use or waited for: {remedy}.")
         case RefusalKind.MODEL_PINNED:
             return ModelPinnedError(
                 f"Model {model_id} is pinned, so it stays. Set pinned to false to unload it: "
                 f"PATCH /admin/models/{model_id}, or `megpt set {model_id} pinned=false`."
             )
         case RefusalKind.WRONG_STATE:
-            return WrongStateError(f"Model {model_id} can't do that now; GET /admin/models tells its state.")
+            why = refusal.detail or f"GET /admin/models/{model_id} tells its state"
+            return WrongStateError(f"Model {model_id} can't do that now: {why}.")
         case _:
             return _try_again(refusal.kind, model_id, wait_s)
 
@@ -97,7 +98,9 @@ def abort_error(reason: AbortReason, model_id: str) -> MegptError:
 def _insufficient(refusal: Refuse, model_id: str) -> InsufficientMemoryError:
     if refusal.plan is None:
         return InsufficientMemoryError(
-            f"There is not enough host memory to put model {model_id} to sleep.", {"plan": None}
+            f"Model {model_id} can't be put to sleep: {refusal.detail or 'the host has too little memory'}. "
+            "Raise host_budget_bytes, or unload models.",
+            {},
         )
     plan = refusal.plan
     short = [
@@ -105,8 +108,12 @@ def _insufficient(refusal: Refuse, model_id: str) -> InsufficientMemoryError:
         for device, size in plan.needed.items()
         if size > plan.reservable[device]
     ]
+    beside_gpu = len(plan.needed) > 1 and all(
+        plan.needed[d] <= plan.reservable[d] for d in plan.needed if d != HOST
+    )
+    limit = "host_budget_bytes" if beside_gpu else "memory_budget_bytes"
     return InsufficientMemoryError(
-        f"Model {model_id} needs {' and '.join(short)}. Raise memory_budget_bytes, unpin a model, or lower "
+        f"Model {model_id} needs {' and '.join(short)}. Raise {limit}, unpin a model, or lower "
         f"the model's kv_cache_bytes.",
         {"plan": plan_view(plan)},
     )

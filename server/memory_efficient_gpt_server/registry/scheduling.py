@@ -30,6 +30,7 @@ from memory_efficient_gpt_server.registry.variants import HOST, Kind, VariantKey
 from memory_efficient_gpt_server.registry.victims import Victims, Way, can_park, choose_victims, reload_s
 
 RETRY_WHEN_BUSY_S: Final = 5.0
+_LEAKED: Final = frozenset({Kind.LEAKED})
 
 
 def advance(draft: Draft) -> None:
@@ -39,7 +40,7 @@ def advance(draft: Draft) -> None:
     for record in list(draft.records.values()):
         if record.state is State.DRAINING:
             _continue_drain(draft, record)
-        elif record.state is State.READY and not record.leases:
+        elif record.state in (State.READY, State.ASLEEP) and not record.leases:
             _unload_after_ttl(draft, record)
     relieve(draft)
     if draft.queue.groups:
@@ -118,20 +119,23 @@ def _end_drained(draft: Draft, record: VariantRecord) -> None:
 
 
 def _sleep_is_enough(draft: Draft, record: VariantRecord, wanted_by: VariantKey) -> bool:
-    """Whether the one that the drain is for has room though the drained one keeps its context."""
+    """Whether the one that the drain is for has room though the drained one keeps some of its bytes."""
     wanting = draft.records[wanted_by]
     needed = per_device(needed_amounts(wanting, wanting.needs))
     if not can_park(record, host_room_bytes(draft, needed, {})):
         return False
     device = record.needs.device
-    kept = sum([e.bytes for e in draft.ledger.of(record.key) if e.kind is Kind.CONTEXT])
+    freed = record.needs.freed_by_sleep
+    kept = sum(
+        [e.bytes for e in draft.ledger.of(record.key) if e.device == device and e.kind not in freed | _LEAKED]
+    )
     needed[device] = needed.get(device, 0) + kept
     return not after_drains(draft, missing_bytes(draft, needed, {}))
 
 
 def _unload_after_ttl(draft: Draft, record: VariantRecord) -> None:
     entry = draft.entries[record.key.model_id]
-    if entry.ttl_s is None or entry.pins(record.key):
+    if entry.ttl_s is None or entry.pins(record.key) or record.key in draft.queue:
         return
     if draft.now_s - record.last_used_s >= entry.ttl_s:
         draft.unload(record, UnloadReason.TTL)

@@ -13,7 +13,8 @@ Invariant: a transition that is not drawn here raises.
                                          v
                               UNLOADED, or FAILED -> QUEUED | UNLOADED
 
-SLEEPING and WAKING are the seconds in which the worker copies weights; a lease is granted in READY only.
+SLEEPING and WAKING are the seconds in which the worker gives back or takes its memory; a lease is granted in
+READY only.
 """
 
 from __future__ import annotations

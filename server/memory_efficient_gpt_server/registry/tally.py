@@ -1,4 +1,4 @@
-"""What the registry counts: loads, evictions, their times.
+"""What the registry counts: loads, evictions, sleeps, their times.
 
 Purpose: plain numbers for Prometheus and for administrators.
 Does not know: Prometheus.
@@ -16,13 +16,17 @@ LOAD_BUCKETS: Final = (
     0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0, 600.0,
 )  # fmt: skip
 
+WAKE_BUCKETS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 60.0)
+
 
 class Tally:
-    """loads: by (model id, "success" or "failure"). unloads: by (model id, reason)."""
+    """loads: by (model id, "success" or "failure"). unloads and sleeps: by (model id, reason)."""
 
     def __init__(self) -> None:
         self.loads: Counter[tuple[str, str]] = Counter()
         self.unloads: Counter[tuple[str, str]] = Counter()
+        self.sleeps: Counter[tuple[str, str]] = Counter()
+        self.wake_s: defaultdict[str, Histogram] = defaultdict(lambda: Histogram(WAKE_BUCKETS))
         self.load_s: defaultdict[str, Histogram] = defaultdict(lambda: Histogram(LOAD_BUCKETS))
 
     def loaded(self, model_id: str, seconds: float) -> None:
@@ -37,3 +41,11 @@ class Tally:
     def unloaded(self, model_id: str, reason: str) -> None:
         """A process is told to end."""
         self.unloads[model_id, reason] += 1
+
+    def slept(self, model_id: str, reason: str) -> None:
+        """A model is told to sleep."""
+        self.sleeps[model_id, reason] += 1
+
+    def woke(self, model_id: str, seconds: float) -> None:
+        """A model has woken after so long."""
+        self.wake_s[model_id].observe(seconds)

@@ -35,6 +35,10 @@ class Kind(StrEnum):
     LEAKED = "leaked"
 
 
+_FREED_ON_HOST: Final = frozenset({Kind.KV})
+_FREED_BY_PARKING: Final = frozenset({Kind.WEIGHTS, Kind.KV, Kind.WORKSPACE, Kind.GRAPHS})
+
+
 class Amount(NamedTuple):
     """Bytes of one kind on one device."""
 
@@ -118,8 +122,9 @@ class Estimate:
     """What a loaded variant takes, in bytes: predicted before a load, measured after it.
 
     device: where the model computes. context_bytes: what its process keeps on the device as long as it
-    lives. host_bytes: host memory of the process itself. can_sleep: whether its weights can be parked in host
-    memory, which frees everything on the device but the context.
+    lives. host_bytes: host memory of the process itself. can_sleep: whether it can give back most of that
+    without ending. On a device that is not the host its weights are parked in host memory, which frees
+    everything on the device but the context; on the host itself only the KV cache is freed.
     """
 
     device: str
@@ -135,20 +140,32 @@ class Estimate:
         """Raises ValueError for negative bytes, or a sleep that would free nothing."""
         if min(amount.bytes for amount in self._all()) < 0:
             raise ValueError("an estimate's bytes must not be negative")
-        if self.can_sleep and self.device == HOST:
-            raise ValueError("a model in host memory cannot be parked there")
+        if self.can_sleep and self.device == HOST and not self.kv_bytes:
+            raise ValueError(
+                "weights in host memory cannot be parked there, and there is no KV cache to free"
+            )
 
     def awake(self) -> tuple[Amount, ...]:
         """Everything held while it is loaded and ready."""
         return tuple([amount for amount in self._all() if amount.bytes])
 
-    def parked(self) -> Amount:
-        """The host copy of the weights that a sleeping model holds."""
-        return Amount(HOST, Kind.PARKED, self.weights_bytes)
+    @property
+    def parked_bytes(self) -> int:
+        """Host memory for the copy of its weights that it holds asleep."""
+        return 0 if self.device == HOST else self.weights_bytes
+
+    @property
+    def freed_by_sleep(self) -> frozenset[Kind]:
+        """The kinds of bytes that it gives back by sleeping."""
+        return _FREED_ON_HOST if self.device == HOST else _FREED_BY_PARKING
+
+    def parked(self) -> tuple[Amount, ...]:
+        """What a sleeping model holds in addition."""
+        return (Amount(HOST, Kind.PARKED, self.parked_bytes),) if self.parked_bytes else ()
 
     def to_wake(self) -> tuple[Amount, ...]:
         """What a sleeping model needs in addition to become ready."""
-        return tuple([amount for amount in self._all()[:4] if amount.bytes])
+        return tuple([amount for amount in self.awake() if amount.kind in self.freed_by_sleep])
 
     def by_kind(self) -> dict[Kind, int]:
         """Bytes of each kind while it is awake."""

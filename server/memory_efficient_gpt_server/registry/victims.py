@@ -15,10 +15,9 @@ from typing import Final
 from memory_efficient_gpt_server.registry.ledger import Ledger, Stage
 from memory_efficient_gpt_server.registry.records import RegistryView, VariantRecord
 from memory_efficient_gpt_server.registry.states import State
-from memory_efficient_gpt_server.registry.variants import HOST, Kind, VariantKey
+from memory_efficient_gpt_server.registry.variants import HOST, VariantKey
 
 LEAST_RELOAD_S: Final = 0.05
-FREED_BY_SLEEP: Final = frozenset({Kind.WEIGHTS, Kind.KV, Kind.WORKSPACE, Kind.GRAPHS})
 
 
 class Way(StrEnum):
@@ -57,8 +56,9 @@ def choose_victims(
     bytes that help. It is least recently used, corrected for what getting the model back costs and for how
     far it helps: a model idle for twice as long goes first, unless it takes more than twice as long to reload
     or frees less than half as much of what is missing. Who can be parked in `host_room_bytes` of host
-    memory sleeps instead of being unloaded. allow_young: also before min_residency_s is over. allow_busy:
-    also those in use and sleeping ones that someone waits for, after all idle ones.
+    memory, or needs no room there, sleeps instead of being unloaded if that is enough. allow_young: also
+    before min_residency_s is over. allow_busy: also those in use and sleeping ones that someone waits for,
+    after all idle ones.
     """
     candidates = [
         record
@@ -70,7 +70,7 @@ def choose_victims(
     ranked = sorted(candidates, key=lambda record: _rank(view, record, deficits, now_s))
     chosen = _cover(view.ledger, ranked, deficits, 0 if HOST in deficits else host_room_bytes)
     if not chosen.covered and chosen.by(Way.SLEEP):
-        return _cover(view.ledger, ranked, deficits, 0)
+        return _cover(view.ledger, ranked, deficits, None)
     return chosen
 
 
@@ -126,19 +126,20 @@ def _rank(
 
 
 def _cover(
-    ledger: Ledger, ranked: list[VariantRecord], deficits: Mapping[str, int], host_room_bytes: int
+    ledger: Ledger, ranked: list[VariantRecord], deficits: Mapping[str, int], host_room_bytes: int | None
 ) -> Victims:
+    """host_room_bytes: for parked weights; None: nobody sleeps."""
     ways: dict[VariantKey, Way] = {}
     frees: dict[VariantKey, dict[str, int]] = {}
     missing = dict(deficits)
     for record in ranked:
         if all(n <= 0 for n in missing.values()):
             break
-        way, freed = _way_of(ledger, record, host_room_bytes)
-        if not any(missing[device] > 0 and freed.get(device, 0) for device in missing):
+        way, freed = _way_of(ledger, record, missing, host_room_bytes)
+        if not _helps(freed, missing):
             continue
-        if way is Way.SLEEP:
-            host_room_bytes -= record.needs.weights_bytes
+        if way is Way.SLEEP and host_room_bytes is not None:
+            host_room_bytes -= record.needs.parked_bytes
         ways[record.key], frees[record.key] = way, freed
         missing = {device: n - freed.get(device, 0) for device, n in missing.items()}
     if any(n > 0 for n in missing.values()):
@@ -151,16 +152,23 @@ def _cover(
     return Victims(ways, covered=True)
 
 
-def _way_of(ledger: Ledger, record: VariantRecord, host_room_bytes: int) -> tuple[Way, dict[str, int]]:
+def _helps(freed: Mapping[str, int], missing: Mapping[str, int]) -> bool:
+    return any(n > 0 and freed.get(device, 0) for device, n in missing.items())
+
+
+def _way_of(
+    ledger: Ledger, record: VariantRecord, missing: Mapping[str, int], host_room_bytes: int | None
+) -> tuple[Way, dict[str, int]]:
     """How the victim would go, and the bytes that frees by device."""
     if record.leases:
         return Way.DRAIN, held_by_device(ledger, record.key)
-    if record.state is State.READY and can_park(record, host_room_bytes):
-        device = record.needs.device
-        return Way.SLEEP, {device: sum([e.bytes for e in ledger.of(record.key) if e.kind in FREED_BY_SLEEP])}
+    if record.state is State.READY and host_room_bytes is not None and can_park(record, host_room_bytes):
+        freed = sum([e.bytes for e in ledger.of(record.key) if e.kind in record.needs.freed_by_sleep])
+        if _helps({record.needs.device: freed}, missing):
+            return Way.SLEEP, {record.needs.device: freed}
     return Way.EVICT, held_by_device(ledger, record.key)
 
 
 def can_park(record: VariantRecord, host_room_bytes: int) -> bool:
-    """Whether the variant can sleep and its weights fit into that much host memory."""
-    return record.needs.can_sleep and record.needs.weights_bytes <= host_room_bytes
+    """Whether the variant can sleep and what it parks fits into that much host memory."""
+    return record.needs.can_sleep and record.needs.parked_bytes <= max(0, host_room_bytes)

@@ -1,4 +1,4 @@
-"""/admin: load and unload models, ask what would fit, see who has which memory.
+"""/admin: load and unload models, put them to sleep, ask what would fit, see who has which memory.
 
 Purpose: the registry's wishes and views over HTTP, for the holder of the admin key.
 Does not know: how models are loaded, who is evicted.
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic_core import to_json
 
-from memory_efficient_gpt_server.admin_schemas import LoadBody, PlanBody, UnloadBody
+from memory_efficient_gpt_server.admin_schemas import LoadBody, PlanBody, SleepBody, UnloadBody
 from memory_efficient_gpt_server.deps import CurrentServer, Server, body_schema, json_body, require_admin
 from memory_efficient_gpt_server.errors import NoMemoryBudgetError
 from memory_efficient_gpt_server.optimizations import wish_of
@@ -78,6 +78,34 @@ async def unload_model(
     """Unload a model."""
     key = await registry.choose(model_id, wish_of(body.optimizations))
     operation = await registry.unload(key, UnloadMode(body.mode), body.deadline_s)
+    return await _answer(request, server, registry, key, operation, wait=body.wait)
+
+
+@router.post("/admin/models/{model_id}/sleep", openapi_extra=body_schema(SleepBody))
+async def put_model_to_sleep(
+    request: Request,
+    model_id: str,
+    server: CurrentServer,
+    registry: CurrentRegistry,
+    body: Annotated[SleepBody, Depends(json_body(SleepBody, optional=True))],
+) -> Response:
+    """Let an idle model give memory back and keep its process."""
+    key = await registry.choose(model_id, wish_of(body.optimizations))
+    operation = await registry.sleep(key)
+    return await _answer(request, server, registry, key, operation, wait=body.wait)
+
+
+@router.post("/admin/models/{model_id}/wake", openapi_extra=body_schema(SleepBody))
+async def wake_model(
+    request: Request,
+    model_id: str,
+    server: CurrentServer,
+    registry: CurrentRegistry,
+    body: Annotated[SleepBody, Depends(json_body(SleepBody, optional=True))],
+) -> Response:
+    """Wake a sleeping model for no request."""
+    key = await registry.choose(model_id, wish_of(body.optimizations))
+    operation = await registry.wake(key)
     return await _answer(request, server, registry, key, operation, wait=body.wait)
 
 

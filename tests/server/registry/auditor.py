@@ -230,7 +230,7 @@ class Auditor:
         for waiter, (key, deadline_s) in self.waiting.items():
             assert now_s <= deadline_s, f"{waiter} waits for {key} since {now_s - deadline_s:.1f} s too long"
         queued = sum(map(len, new.queue.groups.values()))
-        told_later = sum(len(r.operations) + (r.sleeper is not None) for r in new.records.values())
+        told_later = sum(len(r.operations) + len(r.sleepers) for r in new.records.values())
         assert queued + told_later == len(self.waiting), "somebody who waits is forgotten"
 
     def _check_device(

@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-from memory_efficient_gpt.errors import CheckpointError, ConfigError, ModelLoadError
+from memory_efficient_gpt.engine_info import SleepReport
+from memory_efficient_gpt.errors import CheckpointError, ConfigError, EngineFailedError, ModelLoadError
 from memory_efficient_gpt_server.registry.choice import Choices, Facts, facts_of
 from memory_efficient_gpt_server.registry.hosted import HostedModel, Provision
 from memory_efficient_gpt_server.registry.ledger import Budget
@@ -45,6 +46,8 @@ class FakeEngine(ScriptedEngine):
         self.may_load = asyncio.Event()
         self.may_close = asyncio.Event()
         self.may_close.set()
+        self.may_move = asyncio.Event()
+        self.may_move.set()
         self.fails = fails
         self._weights_bytes = weights_bytes
         self._facts = facts
@@ -70,6 +73,23 @@ class FakeEngine(ScriptedEngine):
         )
         self.state, self.reason = "ready", None
 
+    async def sleep(self) -> SleepReport:
+        assert self.state == "ready" and self.num_running == 0, "put to sleep at work"
+        self.state = "asleep"
+        await self._move()
+        return SleepReport(parked_bytes=self._weights_bytes, device_bytes=3, kv_bytes=1)
+
+    async def wake(self) -> None:
+        assert self.state == "asleep"
+        await self._move()
+        self.state = "ready"
+
+    async def _move(self) -> None:
+        await self.may_move.wait()
+        if self.fails is not None:
+            self.state, self.reason = "failed", self.fails
+            raise EngineFailedError(self.fails)
+
     async def close(self, drain_s: float = 0.0) -> None:
         await self.may_close.wait()
         await super().close(drain_s)
@@ -82,10 +102,18 @@ class FakeHost:
     All of these go by a model's id, or by a variant's name. held: loads wait for `finish`. broken:
     checkpoints that can't be looked at. impossible: variants that can't be had, and why. choices: what
     requests may choose, and facts: how it is served, both by model id. A variant has the size of its model
-    unless `sizes` says otherwise.
+    unless `sizes` says otherwise. host_budget: the device is a GPU then, whose models can sleep in so much
+    host memory.
     """
 
-    def __init__(self, *, sizes: dict[str, int] | None = None, budget: int = 100, **policy: Any) -> None:
+    def __init__(
+        self,
+        *,
+        sizes: dict[str, int] | None = None,
+        budget: int = 100,
+        host_budget: int | None = None,
+        **policy: Any,
+    ) -> None:
         self.engines: defaultdict[str, list[FakeEngine]] = defaultdict(list)
         self.held: set[str] = set()
         self.fails: dict[str, str] = {}
@@ -96,7 +124,11 @@ class FakeHost:
         self.choices: dict[str, Choices] = {}
         self.entries: dict[str, dict[str, Any]] = defaultdict(dict)
         self.at_start: set[str] = set()
-        self._budget = budget
+        self._budgets = {HOST: Budget(budget)}
+        self._device = HOST
+        if host_budget is not None:
+            self._device = "cuda:0"
+            self._budgets = {"cuda:0": Budget(budget), HOST: Budget(host_budget)}
         self._policy = Policy(**policy)
 
     @contextlib.asynccontextmanager
@@ -114,7 +146,7 @@ class FakeHost:
     def make(self) -> Registry:
         """A registry that is not started."""
         models = [name for name in self.sizes if "[" not in name]
-        return Registry(map(self.hosted, models), {HOST: Budget(self._budget)}, self._policy)
+        return Registry(map(self.hosted, models), self._budgets, self._policy)
 
     def engine(self, model_id: str) -> FakeEngine:
         """The latest of a model, or of a variant by its name."""
@@ -132,7 +164,9 @@ class FakeHost:
             raise CheckpointError("weights.safetensors is truncated. Download it again.")
         if name in self.impossible:
             raise ConfigError([self.impossible[name]])
-        estimate = Estimate(device=HOST, weights_bytes=self._size(key))
+        estimate = Estimate(
+            device=self._device, weights_bytes=self._size(key), can_sleep=self._device != HOST
+        )
         return Provision(estimate, lambda: self._make(key), self._served(key))
 
     def _served(self, key: VariantKey) -> Facts:

@@ -177,14 +177,20 @@ class FakeWorkers:
     def _sleep(self, key: VariantKey) -> None:
         worker, size = self._in_phase(key, "ready"), self.natures[key].size
         worker.phase = "sleeping"
-        parked = size.weights_bytes
+        on_host = size.device == HOST
+        parked = 0 if on_host else size.weights_bytes
         worker.held[HOST] = worker.held.get(HOST, 0) + parked
-        context = size.context_bytes + self.rng.randint(0, 1)
+        context = 0 if on_host else size.context_bytes + self.rng.randint(0, 1)
+        told = None if on_host or self.rng.random() < 0.5 else max(0, parked + self.rng.randint(-2, 2))
 
         def slept() -> Event:
             worker.phase = "asleep" if worker.phase == "sleeping" else worker.phase
-            worker.held = {size.device: context, HOST: size.host_bytes + parked}
-            return Slept(key, context)
+            if on_host:
+                worker.held[HOST] -= worker.kv_bytes
+            else:
+                really = parked if told is None else told
+                worker.held = {size.device: context, HOST: size.host_bytes + really}
+            return Slept(key, context, told)
 
         self._finish_copy(key, worker, slept)
 

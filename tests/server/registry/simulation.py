@@ -246,15 +246,16 @@ def _entry(rng: random.Random, model_id: str) -> ModelEntry:
 
 
 def _estimate(rng: random.Random, device: str) -> Estimate:
+    kv_bytes = rng.randint(0, 25)
     return Estimate(
         device=device,
         weights_bytes=rng.randint(5, 90),
-        kv_bytes=rng.randint(0, 25),
+        kv_bytes=kv_bytes,
         workspace_bytes=rng.randint(0, 8),
         graphs_bytes=rng.randint(0, 4) if device != HOST else 0,
         context_bytes=rng.randint(1, 5) if device != HOST else 0,
         host_bytes=rng.randint(0, 6),
-        can_sleep=device != HOST and rng.random() < 0.8,
+        can_sleep=(device != HOST or kv_bytes > 0) and rng.random() < 0.8,
     )
 
 

@@ -37,14 +37,20 @@ def test_waking_needs_neither_the_context_nor_the_process_again() -> None:
         device="cuda:0", weights_bytes=7, graphs_bytes=1, context_bytes=3, host_bytes=4, can_sleep=True
     )
     assert per_device(estimate.to_wake()) == {"cuda:0": 8}
-    assert estimate.parked() == Amount(HOST, Kind.PARKED, 7)
+    assert estimate.parked() == (Amount(HOST, Kind.PARKED, 7),)
 
 
 def test_negative_bytes_and_pointless_sleep_are_errors() -> None:
     with pytest.raises(ValueError, match="negative"):
         Estimate(device="cuda:0", weights_bytes=-1)
-    with pytest.raises(ValueError, match="parked"):
+    with pytest.raises(ValueError, match="no KV cache to free"):
         Estimate(device=HOST, weights_bytes=1, can_sleep=True)
+
+
+def test_on_the_host_a_sleep_frees_the_kv_cache_and_parks_nothing() -> None:
+    estimate = Estimate(device=HOST, weights_bytes=7, kv_bytes=5, workspace_bytes=2, can_sleep=True)
+    assert estimate.parked() == () and estimate.parked_bytes == 0
+    assert estimate.to_wake() == (Amount(HOST, Kind.KV, 5),)
 
 
 def test_an_entry_that_keeps_more_kv_than_it_may_have_is_an_error() -> None:
