@@ -110,7 +110,8 @@ class KVPool:
             storage, size = tensor.untyped_storage(), tensor.numel() * tensor.element_size()
             if storage.nbytes() != size:
                 storage.resize_(size)
-                tensor.zero_()
+                with torch.inference_mode():  # whatever mode the pool was made in
+                    tensor.zero_()
 
     def give_back(self, blocks: Sequence[int]) -> int:
         """Give the memory of `blocks` (ascending, owned by nobody) back to the system; returns the bytes.

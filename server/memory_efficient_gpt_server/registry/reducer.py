@@ -218,6 +218,9 @@ def _late_news(draft: Draft, record: VariantRecord, event: Event) -> None:
     if isinstance(event, Loaded | Woke | Measured):
         ledger = draft.ledger.reconcile(record.key, event.measured.awake())
         draft.ledger = ledger.begin_freeing(record.key)
+    elif isinstance(event, Slept) and event.parked_bytes is not None:
+        ledger = draft.ledger.measure(record.key, Kind.PARKED, HOST, event.parked_bytes)
+        draft.ledger = ledger.begin_freeing(record.key)
 
 
 def _measured(draft: Draft, record: VariantRecord, measured: Estimate) -> None:

@@ -23,6 +23,20 @@ def layers(count: int, *, key_dim: int = 64, value_dim: int = 32) -> list[LayerK
     ]
 
 
+def test_a_pool_that_was_released_can_be_restored_and_is_zero() -> None:
+    pool = KVPool(layers(2), num_blocks=8, block_size=4, dtype=torch.int8, device=CPU)
+    for tensor in pool.tensors():
+        tensor.fill_(3)
+    pool.release()
+    pool.restore()
+    for tensor in pool.tensors():
+        tensor.fill_(3)  # on a CPU it can be written at any time
+        tensor.data = tensor.clone()  # as on a GPU: memory of torch's own, which can be taken away
+        tensor.untyped_storage().resize_(0)
+    pool.restore()
+    assert all(tensor.shape[:2] == (8, 4) and not tensor.any() for tensor in pool.tensors())
+
+
 def resident_bytes() -> int:
     """Of this process, as the system counts it."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))

@@ -19,6 +19,7 @@ from memory_efficient_gpt_server.registry.effects import (
 )
 from memory_efficient_gpt_server.registry.events import (
     AdminSleep,
+    AdminUnload,
     AdminWake,
     KvMoved,
     LeaseReleased,
@@ -194,6 +195,17 @@ def test_what_parked_weights_really_take_is_booked() -> None:
     driver.feed(AdminSleep(OPERATION, A))
     driver.feed(Slept(A, 3, 64))
     assert (driver.used(GPU), driver.used(HOST)) == (3, 64)
+
+
+def test_what_parked_weights_really_take_is_booked_though_the_process_is_being_ended() -> None:
+    driver = Driver(budgets=SLEEPY)
+    driver.load_idle(A, size(60, can_sleep=True))
+    driver.feed(AdminSleep(OPERATION, A))
+    driver.feed(AdminUnload(OPERATION + 1, A))
+    driver.feed(Slept(A, 3, 64))
+    assert (driver.used(GPU), driver.used(HOST)) == (60, 64)
+    driver.gone(A)
+    assert (driver.used(GPU), driver.used(HOST)) == (0, 0)
 
 
 def test_more_parked_bytes_than_there_is_room_for_end_the_sleeper() -> None:
