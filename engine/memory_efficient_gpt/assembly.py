@@ -222,6 +222,7 @@ def _fuse_on_cuda(model: PreTrainedModel, layers: list[LayerKV], device: torch.d
     from memory_efficient_gpt.fusion.merge import merge_linears
     from memory_efficient_gpt.fusion.trial_run import packed_logits
 
+    give_triton_kernels(model)
     merged = merge_linears(model, lambda: packed_logits(model, layers, device))
     return merged.summary(), fuse(model).summary()
 

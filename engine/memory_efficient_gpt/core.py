@@ -155,6 +155,7 @@ class Engine:
         if self._sleepable.report is not None:
             return self._sleepable.report
         self._runner.rest()
+        self._runner.forget_addresses()
         self._scheduler.clear_prefix_cache()
         return self._sleepable.sleep()
 

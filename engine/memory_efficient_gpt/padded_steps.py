@@ -107,6 +107,10 @@ class PaddedSteps:
         else:
             self._choose(logits, kind, fields)
 
+    def drop_logits(self) -> None:
+        """Give back the largest buffer; it is made again when it is needed."""
+        self._logits = None
+
     def _keep_logits(self, logits: torch.Tensor) -> None:
         if self._logits is None:
             self._logits = logits.new_empty((self._most_rows, logits.shape[1]))

@@ -22,15 +22,15 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-_FOREIGN_HOLDERS = ("bitsandbytes.",)
-"""Packages whose plain objects keep tensors: quantization states beside a parameter."""
+_HOLDERS = ("bitsandbytes.", "memory_efficient_gpt.fusion.")
+"""Packages whose plain objects keep tensors: quantization states beside a parameter, merged weights."""
 
 
 def held_tensors(root: nn.Module) -> Iterator[torch.Tensor]:
     """Every tensor that `root` holds: parameters, buffers, and those in attributes of its modules.
 
     Attributes are followed through containers and dataclasses (packed weights), and through the objects that
-    bitsandbytes hangs on its modules and parameters.
+    bitsandbytes hangs on its modules and parameters, and fusion on merged layers.
     """
     seen: set[int] = set()
     todo: list[Any] = [root]
@@ -49,7 +49,7 @@ def _parts_of(thing: Any) -> list[Any]:
         return list(thing.values())
     if isinstance(thing, list | tuple | set | frozenset):
         return list(thing)
-    if isinstance(thing, torch.Tensor | nn.Module) or type(thing).__module__.startswith(_FOREIGN_HOLDERS):
+    if isinstance(thing, torch.Tensor | nn.Module) or type(thing).__module__.startswith(_HOLDERS):
         return list(getattr(thing, "__dict__", {}).values())
     if is_dataclass(thing) and not isinstance(thing, type):
         return [getattr(thing, f.name, None) for f in fields(thing)]

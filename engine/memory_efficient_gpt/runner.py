@@ -33,6 +33,9 @@ class Runner(Protocol):
     def rest(self) -> None:
         """Nothing is running: drop what is kept between steps."""
 
+    def forget_addresses(self) -> None:
+        """The model's tensors are about to move: drop what knows where they are."""
+
 
 class PackedRunner:
     """Runs a model whose attention goes through the paged cache (tiers A and B).
@@ -98,6 +101,11 @@ class PackedRunner:
 
     def rest(self) -> None:
         """Nothing to drop: a slot's rows are overwritten by its next owner."""
+
+    def forget_addresses(self) -> None:
+        """Graphs are captured anew when steps repeat."""
+        if self._graphs is not None:
+            self._graphs.forget()
 
     def _replay(self, step: Step, layout: StepLayout, graphs: StepGraphs) -> PendingStep | None:
         """Run the step as a graph; None if it is not one for a graph."""

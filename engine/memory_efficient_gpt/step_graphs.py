@@ -76,6 +76,12 @@ class StepGraphs:
             self._give_up("a captured step gave other logits than its calls")
         return self.obstacle
 
+    def forget(self) -> None:
+        """Drop all graphs and the memory that they share."""
+        self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._steps.drop_logits()
+
     def _launch(self, kind: StepKind) -> None:
         if kind not in self._graphs:
             self._graphs[kind] = None

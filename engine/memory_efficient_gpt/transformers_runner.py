@@ -128,3 +128,6 @@ class TransformersRunner:
         if self._current is not None:
             self._current[1].stop()
             self._current = None
+
+    def forget_addresses(self) -> None:
+        """It knows none."""

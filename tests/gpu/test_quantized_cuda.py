@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.core import Engine
+from memory_efficient_gpt.fusion.merge import merge_linears
 from memory_efficient_gpt.quantization import QuantizedModel
 from memory_efficient_gpt.quantization import rounding as rounding_module
 from memory_efficient_gpt.quantization.fp8 import fp8_linear
@@ -94,6 +95,19 @@ def test_a_model_on_the_device_gives_the_logits_of_its_dequantized_weights(schem
         module.drop_kernels()
     want = model(ids).logits.float()
     assert float((got - want).norm() / want.norm()) < 0.02
+
+
+@pytest.mark.parametrize("scheme", ["int4-g128", "int4-asym-g64", "int8", "fp8"])
+def test_layers_of_one_input_share_a_product(scheme: str) -> None:
+    model = QuantizedModel.from_model(small_model().to("cuda"), scheme=scheme).model
+    ids = torch.randint(0, 192, (1, 24), device="cuda")
+    with torch.inference_mode():
+        want = model(ids).logits.float()
+    report = merge_linears(model, lambda: model(ids).logits)
+    assert report.merged == {2: 2}, report.summary()  # keys and values have half as many outputs as a tile
+    with torch.inference_mode():
+        got = model(ids).logits.float()
+    assert float((got - want).norm() / want.norm()) < 0.01
 
 
 @torch.inference_mode()

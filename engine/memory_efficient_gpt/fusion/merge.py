@@ -23,14 +23,16 @@ import torch
 from torch import nn
 
 from memory_efficient_gpt.fusion.apply import TOLERANCES, relative_difference
-from memory_efficient_gpt.fusion.merged_linear import MergedLinear, MergedProduct, Mode, part_ways
-from memory_efficient_gpt.fusion.structures import own_parameter
+from memory_efficient_gpt.fusion.merged_linear import DenseProduct, MergedLinear, Mode, part_ways
+from memory_efficient_gpt.fusion.merged_quantized import TritonProduct, packed_of, quantized_obstacle
+from memory_efficient_gpt.fusion.structures import dtype_of, own_parameter
 from memory_efficient_gpt.quantization.modules import QuantizedModule
 
 logger = logging.getLogger(__name__)
 
 _RELEASE_BYTES: Final = 256 << 20
-"""Weights that were copied before CUDA's allocator is told to give the old ones' memory back."""
+"""Weights that were copied before CUDA's allocator is told to give the old ones' memory back: blocks of their
+sizes fit no group."""
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ADAPTED: Final = "base_layer"
 """What peft's modules, and others after its example, call the layer that they wrap."""
@@ -61,8 +63,8 @@ def merge_linears(model: nn.Module, run: Run) -> MergeReport:
 
     run: see `Run`; it is called at most three times. Memory: one group's weights, twice, while it is merged;
     on CUDA the old ones of some groups more, until the allocator gives them back.
-    Layers that are quantized, have hooks or adapters, share a weight, or have a `forward` of their own are
-    left alone.
+    Layers that have hooks or adapters, share a weight, or have a `forward` of their own are left alone, and
+    quantized ones that are not on the Triton kernels.
     """
     report = MergeReport()
     serving = torch.inference_mode()(run)  # there, tensors have no version that tells a write in place
@@ -123,6 +125,7 @@ def _groups(model: nn.Module, run: Run) -> list[list[_Calls]]:
 def _plain_siblings(model: nn.Module) -> dict[nn.Linear, int]:
     """Layers that may be merged, and the parent of each: one that has several of them."""
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    owners.update(id(m.packed_weight) for m in model.modules() if isinstance(m, QuantizedModule))
     adapted = {id(m) for a in model.modules() if _ADAPTED in a._modules for m in a.modules()}
     siblings: dict[nn.Linear, int] = {}
     for parent in model.modules():
@@ -135,9 +138,12 @@ def _plain_siblings(model: nn.Module) -> dict[nn.Linear, int]:
 
 def _is_plain(layer: nn.Linear, owners: Counter[int]) -> bool:
     """Whether the layer is its weight and bias and nothing else, and no other module has them."""
-    if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+    if "forward" in vars(layer) or any(getattr(layer, name) for name in _HOOKS):
         return False
-    if isinstance(layer, QuantizedModule) or any(getattr(layer, name) for name in _HOOKS):
+    if isinstance(layer, QuantizedModule):
+        packed = packed_of(layer)
+        return packed is not None and owners[id(packed)] == 1
+    if type(layer).forward is not nn.Linear.forward:
         return False
     tensors = list(layer.parameters())
     own = all(type(t) is nn.Parameter and t.is_contiguous() and owners[id(t)] == 1 for t in tensors)
@@ -155,20 +161,27 @@ def _merged(groups: list[list[_Calls]], report: MergeReport) -> Iterator[tuple[l
             continue
         inputs = group[0].inputs
         want = [[layer(x) for x in inputs] for layer in layers]
-        MergedProduct(layers)
+        copied += sum(map(_weight_bytes, layers))
+        TritonProduct(layers) if isinstance(layers[0], QuantizedModule) else DenseProduct(layers)
         merged: list[MergedLinear] = [layer for layer in layers if isinstance(layer, MergedLinear)]
         reason = _difference(inputs, merged, want)
         if reason is None:
             yield merged, len(merged)
         else:
             _part(merged, reason, report)
-        copied = _release(copied, layers)
+        if inputs[0].is_cuda and copied >= _RELEASE_BYTES:
+            torch.cuda.empty_cache()
+            copied = 0
 
 
 def _obstacle(layers: list[nn.Linear]) -> str | None:
     """Why these can't be one product."""
     if len({own_parameter(layer, "bias") is None for layer in layers}) > 1:
         return "some have biases, others none"
+    weights = [packed_of(layer) for layer in layers]
+    if any(weight is not None for weight in weights):
+        packed = [weight for weight in weights if weight is not None]
+        return quantized_obstacle(packed) if len(packed) == len(layers) else "some are quantized, others not"
     if len({(t.dtype, t.device) for layer in layers for t in layer.parameters()}) > 1:
         return "of different dtypes or devices"
     dtype = layers[0].weight.dtype
@@ -183,7 +196,7 @@ def _difference(
     for number, x in enumerate(inputs):
         for layer, own in zip(layers, want, strict=True):
             worst = max(worst, relative_difference(layer(x), own[number]))
-    limit = TOLERANCES[layers[0].get_parameter("weight").dtype]
+    limit = _tolerance(layers[0])
     return None if worst <= limit else f"one product's result differs by {worst:.2g} (limit {limit:.2g})"
 
 
@@ -199,8 +212,14 @@ def _model_difference(run: Run, groups: list[list[MergedLinear]]) -> str | None:
     except Exception as error:  # noqa: BLE001  # such as a view that only contiguous results have
         return f"the model does not take merged results ({_said(error)})"
     difference = relative_difference(got, want)  # none, but for models whose sums are not repeatable
-    limit = TOLERANCES[groups[0][0].get_parameter("weight").dtype]
+    limit = _tolerance(groups[0][0])
     return None if difference <= limit else f"the model's logits differ by {difference:.2g}"
+
+
+def _tolerance(layer: nn.Module) -> float:
+    dtype = dtype_of(layer)
+    assert dtype is not None, "a merged layer has a weight"
+    return TOLERANCES[dtype]
 
 
 @contextmanager
@@ -235,14 +254,9 @@ def _is_held(layer: MergedLinear) -> bool:
     return isinstance(layer, nn.Linear) and layer.merged_product.holds(layer)
 
 
-def _release(copied: int, layers: list[nn.Linear]) -> int:
-    """Give back the memory of weights that became parts, now and then: blocks of their sizes fit no group."""
-    weights = [layer.weight for layer in layers]
-    copied += sum(w.numel() * w.element_size() for w in weights)
-    if weights[0].is_cuda and copied >= _RELEASE_BYTES:
-        torch.cuda.empty_cache()
-        return 0
-    return copied
+def _weight_bytes(layer: nn.Linear) -> int:
+    packed = packed_of(layer)
+    return packed.num_bytes if packed is not None else layer.weight.nbytes
 
 
 def _said(error: Exception) -> str:

@@ -46,30 +46,24 @@ class MergedProduct:
     layer to itself. The latter two are for checks: only rounding tells "whole" from "parts".
     """
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        """layers: in the order in which they are called; with weights `[n, K]` and biases alike, or none."""
+    def __init__(self, sizes: Sequence[int]) -> None:
+        """sizes: the outputs of each layer, in the order in which they are called."""
         self.mode: Mode = "whole"
-        self.layers = len(layers)
-        self._sizes = [layer.weight.shape[0] for layer in layers]
+        self.layers = len(sizes)
+        self._sizes = list(sizes)
         self._kept: _Kept | None = None
-        with torch.no_grad():
-            weight = torch.cat([layer.weight.data for layer in layers])
-            biases = [bias for layer in layers if (bias := own_parameter(layer, "bias")) is not None]
-            bias = torch.cat(biases) if biases else None
-            for place, (layer, rows) in enumerate(zip(layers, weight.split(self._sizes), strict=True)):
-                layer.weight.data = rows
-                _become(layer, self, place)
-            for own, part in zip(biases, bias.split(self._sizes) if bias is not None else (), strict=True):
-                own.data = part
-        self._weight_storage = _storage(weight)
-        self._bias_storage = None if bias is None else _storage(bias)
 
     def holds(self, layer: nn.Linear) -> bool:
-        """Whether the layer's parameters are still parts of this product's tensors."""
-        if _storage(layer.weight) != self._weight_storage:
-            return False
-        bias = own_parameter(layer, "bias")
-        return self._bias_storage == (None if bias is None else _storage(bias))
+        """Whether the layer's weight is still part of this product's."""
+        raise NotImplementedError
+
+    def release(self, layer: nn.Linear) -> None:
+        """Give the layer a weight of its own."""
+        raise NotImplementedError
+
+    def _multiply(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+        """x `[..., K]` by all rows: `[..., N]`. layer: the first one."""
+        raise NotImplementedError
 
     def part(self, place: int, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor | None:
         """The layer's part of the product with x `[..., K]`: `[..., n]`, a view; None if there is none."""
@@ -89,6 +83,41 @@ class MergedProduct:
         """Drop what an interrupted pass left."""
         self._kept = None
 
+    def _cut(self, out: torch.Tensor, place: int) -> torch.Tensor:
+        return out.narrow(-1, sum(self._sizes[:place]), self._sizes[place])
+
+
+class DenseProduct(MergedProduct):
+    """Of weights that are tensors."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        """layers: in the order in which they are called; with weights `[n, K]` and biases alike, or none."""
+        super().__init__([layer.weight.shape[0] for layer in layers])
+        with torch.no_grad():
+            weight = torch.cat([layer.weight.data for layer in layers])
+            biases = [bias for layer in layers if (bias := own_parameter(layer, "bias")) is not None]
+            bias = torch.cat(biases) if biases else None
+            for place, (layer, rows) in enumerate(zip(layers, weight.split(self._sizes), strict=True)):
+                layer.weight.data = rows
+                become_merged(layer, self, place)
+            for own, part in zip(biases, bias.split(self._sizes) if bias is not None else (), strict=True):
+                own.data = part
+        self._weight_storage = _storage(weight)
+        self._bias_storage = None if bias is None else _storage(bias)
+
+    def holds(self, layer: nn.Linear) -> bool:
+        """Whether the layer's parameters are still parts of this product's tensors."""
+        if _storage(layer.weight) != self._weight_storage:
+            return False
+        bias = own_parameter(layer, "bias")
+        return self._bias_storage == (None if bias is None else _storage(bias))
+
+    def release(self, layer: nn.Linear) -> None:
+        """Its own weights in memory."""
+        layer.weight.data = layer.weight.data.clone()
+        if (bias := own_parameter(layer, "bias")) is not None:
+            bias.data = bias.data.clone()
+
     def _multiply(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         """x `[..., K]` by all rows: `[..., N]`."""
         weight, bias = _all_of(layer.weight, sum(self._sizes)), own_parameter(layer, "bias")
@@ -100,12 +129,9 @@ class MergedProduct:
         biases = bias.split(self._sizes) if bias is not None else [None] * self.layers
         return torch.cat([functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
 
-    def _cut(self, out: torch.Tensor, place: int) -> torch.Tensor:
-        return out.narrow(-1, sum(self._sizes[:place]), self._sizes[place])
-
 
 class MergedLinear(nn.Module):
-    """Mixed into a linear layer's own class by `MergedProduct`."""
+    """Mixed into a linear layer's own class by `become_merged`."""
 
     merged_product: MergedProduct
     merged_place: int
@@ -124,14 +150,13 @@ def part_ways(layer: MergedLinear) -> None:
     """Undo for one layer: its own class, its own weights in memory."""
     linear = cast(nn.Linear, layer)
     if layer.merged_product.holds(linear):
-        linear.weight.data = linear.weight.data.clone()
-        if (bias := own_parameter(linear, "bias")) is not None:
-            bias.data = bias.data.clone()
+        layer.merged_product.release(linear)
     layer.__class__ = type(layer).__bases__[-1]
     del layer.merged_product, layer.merged_place
 
 
-def _become(layer: nn.Linear, product: MergedProduct, place: int) -> None:
+def become_merged(layer: nn.Linear, product: MergedProduct, place: int) -> None:
+    """Let the layer take its part of the product from now on; changes it in place."""
     object.__setattr__(layer, "merged_product", product)
     object.__setattr__(layer, "merged_place", place)
     layer.__class__ = _subclass(type(layer))  # type: ignore[arg-type]  # classes are hashable
@@ -145,7 +170,7 @@ def _subclass(own: type[nn.Linear]) -> type[nn.Linear]:
 def _storage(tensor: torch.Tensor) -> tuple[int, int]:
     """What tells one live tensor's memory from another's."""
     storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
+    return storage._cdata, storage.nbytes()  # not its address, which changes while a model sleeps
 
 
 def _all_of(part: torch.Tensor, rows: int) -> torch.Tensor:

@@ -25,19 +25,32 @@ _FP8_CAPABILITY: Final = (8, 9)
 _MULTIPLE: Final = 16  # of outputs and inputs, for torch's fp8 product
 
 
-def fp8_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """x `[..., K]`, rounded to fp8, times weight `[N, K]` transposed, plus bias: `[..., N]` in x's dtype."""
+def fp8_linear(
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None,
+    weight_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x `[..., K]`, rounded to fp8, times weight `[N, K]` transposed, plus bias: `[..., N]` in x's dtype.
+
+    weight_scales: `output_scales(weight)`, if the caller keeps them.
+    """
     rows = x.reshape(-1, weight.num_inputs)
     if not multiplies_fp8(x.device) or torch.is_grad_enabled() or not _fits(rows, weight):
         return functional.linear(_rounded(x), weight.dequantize(x.dtype), bias)
     codes, scales = _to_fp8_by_kernel(rows) if triton_obstacle(x.device) is None else to_fp8(rows)
-    weight_scales = (weight.scales.float() * weight.unit).view(1, -1)
+    weight_scales = output_scales(weight) if weight_scales is None else weight_scales
     result = torch._scaled_mm(
         codes, weight.codes.t(), scale_a=scales, scale_b=weight_scales, out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )  # fmt: skip
     result = result.to(x.dtype)
     return (result if bias is None else result + bias).view(*x.shape[:-1], weight.num_outputs)
+
+
+def output_scales(weight: QuantizedWeight) -> torch.Tensor:
+    """What each output's codes are to be multiplied by: `[1, N] float32`, for one scale an output."""
+    return (weight.scales.float() * weight.unit).view(1, -1)
 
 
 def to_fp8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

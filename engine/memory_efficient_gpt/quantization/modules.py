@@ -23,7 +23,7 @@ from memory_efficient_gpt.native.layers import DTYPES
 from memory_efficient_gpt.native.ops import Kernels
 from memory_efficient_gpt.native.packed_weight import PackedWeight, dequantize_rows, unpack
 from memory_efficient_gpt.native.quantize import pack_stored
-from memory_efficient_gpt.quantization.fp8 import fp8_linear
+from memory_efficient_gpt.quantization.fp8 import fp8_linear, multiplies_fp8, output_scales
 from memory_efficient_gpt.quantization.scheme import Scheme
 from memory_efficient_gpt.quantization.storage import QuantizedWeight, pack_nibbles
 from memory_efficient_gpt.triton_kernels.packing import TritonWeight
@@ -182,13 +182,27 @@ def multiply(module: QuantizedModule, x: torch.Tensor) -> torch.Tensor:
     bias = cast("torch.Tensor | None", module.bias)
     packed, kernels = module.packed_weight, module.native_kernels
     if module.scheme.dynamic:
-        return fp8_linear(module.arrange(x), module.quantized_weight, bias)
+        return _multiply_fp8(module, x, bias)
     if isinstance(packed, TritonWeight):
         return _multiply_by_triton(module, x, packed, bias)
     plain = not torch.is_grad_enabled() and (bias is None or bias.dtype is x.dtype)
     if packed is not None and kernels is not None and plain and x.is_cpu and x.dtype in DTYPES:
         return kernels.quantized_linear(module.arrange(x), packed, bias)
     return functional.linear(x, module.dequantize(x.dtype), bias)
+
+
+def _multiply_fp8(module: QuantizedModule, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    weight = module.quantized_weight
+    scales = None
+    if multiplies_fp8(x.device):
+        kept: tuple[torch.Tensor, torch.Tensor] | None = vars(module).get("kept_scales")
+        if (
+            kept is None or kept[0] is not weight.scales
+        ):  # they would cost as much as a small product each time
+            kept = weight.scales, output_scales(weight)
+            vars(module)["kept_scales"] = kept
+        scales = kept[1]
+    return fp8_linear(module.arrange(x), weight, bias, scales)
 
 
 def _multiply_by_triton(

@@ -41,6 +41,13 @@ def pack_for_triton(weight: QuantizedWeight) -> TritonWeight:
     )
 
 
+def multiply_packed(x: torch.Tensor, weight: TritonWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """x `[..., K]` times the weight transposed, plus bias `[N]`: `[..., N]`, on a device that has Triton."""
+    from memory_efficient_gpt.triton_kernels.linear import quantized_linear
+
+    return quantized_linear(x, weight, bias)
+
+
 def stored_layout(scheme: Scheme, packed: TritonWeight) -> QuantizedWeight:
     """The inverse of `pack_for_triton`."""
     codes, scales, offsets = unpack(packed)

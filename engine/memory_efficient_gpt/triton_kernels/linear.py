@@ -20,7 +20,7 @@ from torch.nn import functional
 from memory_efficient_gpt.triton_kernels.dequantize import dequantize_kernel
 from memory_efficient_gpt.triton_kernels.few_rows import few_rows_kernel
 from memory_efficient_gpt.triton_kernels.matmul import quantized_matmul_kernel
-from memory_efficient_gpt.triton_kernels.packing import SPAN, TritonWeight
+from memory_efficient_gpt.triton_kernels.packing import SPAN, TritonWeight, contiguous
 from memory_efficient_gpt.triton_kernels.tiles import Tile, choose_tile
 
 DTYPES: Final = (torch.bfloat16, torch.float16)
@@ -51,6 +51,7 @@ def quantized_linear(
     tile: what to use instead of the table's choice (benchmarks and tests).
     """
     rows = x.reshape(-1, weight.num_inputs)
+    weight = weight if weight.codes.is_contiguous() else contiguous(weight)
     if tile is None and x.dtype in DTYPES:
         tile = _tile(weight, len(rows), x.device)
     if tile is None or len(rows) == 0:
@@ -60,6 +61,7 @@ def quantized_linear(
 
 def dequantize(weight: TritonWeight, dtype: torch.dtype, rows: torch.Tensor | None = None) -> torch.Tensor:
     """The weight `[N, K]`, or its outputs `rows` `[T] int64`: `[T, K]`."""
+    weight = weight if weight.codes.is_contiguous() else contiguous(weight)
     count = weight.num_outputs if rows is None else rows.numel()
     out = torch.empty((count, weight.num_inputs), dtype=dtype, device=weight.codes.device)
     if count == 0:

@@ -14,7 +14,7 @@ Letters: N outputs, K inputs, S = ceil(K / 128) spans, P outputs padded to a mul
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import torch
@@ -51,6 +51,17 @@ class TritonWeight:
         """Bytes of all tensors, padding included."""
         tensors = (self.codes, self.scales, self.offsets)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def contiguous(weight: TritonWeight) -> TritonWeight:
+    """The weight as kernels take it: one that is part of a merged weight is copied."""
+    offsets = weight.offsets
+    return replace(
+        weight,
+        codes=weight.codes.contiguous(),
+        scales=weight.scales.contiguous(),
+        offsets=None if offsets is None else offsets.contiguous(),
+    )
 
 
 def obstacle(code: Code, group_size: int | None) -> str | None:

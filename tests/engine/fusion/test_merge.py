@@ -13,7 +13,7 @@ from torch import nn
 
 from memory_efficient_gpt.attention.model_setup import prepare_model
 from memory_efficient_gpt.fusion.merge import MergeReport, merge_linears
-from memory_efficient_gpt.fusion.merged_linear import MergedLinear, MergedProduct
+from memory_efficient_gpt.fusion.merged_linear import DenseProduct, MergedLinear
 from memory_efficient_gpt.fusion.trial_run import packed_logits
 from memory_efficient_gpt.kv_cache.geometry import probe_geometry
 from memory_efficient_gpt.quantization.layers import find_layers
@@ -185,12 +185,12 @@ def test_layers_in_different_modules_are_not_siblings() -> None:
 
 
 def test_a_product_that_differs_is_dropped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = MergedProduct._multiply
+    right = DenseProduct._multiply
 
-    def wrong(self: MergedProduct, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    def wrong(self: DenseProduct, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         return right(self, x, layer) + (0.01 if self.mode == "whole" else 0.0)
 
-    monkeypatch.setattr(MergedProduct, "_multiply", wrong)
+    monkeypatch.setattr(DenseProduct, "_multiply", wrong)
     model = Attention(*linears(8, 4, 4))
     report = merge(model)
     assert len(report.dropped) == 1 and "one product's result differs by" in next(iter(report.dropped))

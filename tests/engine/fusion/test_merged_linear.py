@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from memory_efficient_gpt.fusion.merged_linear import MergedLinear, MergedProduct, part_ways
+from memory_efficient_gpt.fusion.merged_linear import DenseProduct, MergedLinear, MergedProduct, part_ways
 
 
 def layers(bias: bool = True) -> tuple[nn.ModuleList, nn.ModuleList]:
@@ -20,7 +20,7 @@ def layers(bias: bool = True) -> tuple[nn.ModuleList, nn.ModuleList]:
     torch.manual_seed(0)
     own = nn.ModuleList([nn.Linear(16, n, bias=bias) for n in (8, 4, 12)])
     merged = copy.deepcopy(own)
-    MergedProduct([layer for layer in merged if isinstance(layer, nn.Linear)])
+    DenseProduct([layer for layer in merged if isinstance(layer, nn.Linear)])
     return merged, own
 
 
@@ -115,7 +115,7 @@ def test_parameters_stay_and_share_the_bytes_they_had() -> None:
     torch.manual_seed(0)
     own = [nn.Linear(16, n) for n in (8, 4)]
     before = [(id(p), p.detach().clone()) for layer in own for p in layer.parameters()]
-    MergedProduct(own)
+    DenseProduct(own)
     after = [p for layer in own for p in layer.parameters()]
     assert [id(p) for p in after] == [number for number, _ in before]
     for parameter, (_, value) in zip(after, before, strict=True):
