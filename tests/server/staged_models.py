@@ -77,8 +77,10 @@ class FakeMaker:
 
 def served_model(model_id: str, registry: Registry, tokenizer: Tokenizer) -> ServedModel:
     """As the API offers it."""
-    engine = registry.engine(model_id)
-    return ServedModel(model_id, engine, lambda: tokenizer, registry=registry, config_vocab_size=4096)
+    return ServedModel(
+        model_id, registry.engine(model_id), lambda: tokenizer, registry=registry, config_vocab_size=4096,
+        aliases=registry.entry(model_id).aliases,
+    )  # fmt: skip
 
 
 Start = Callable[..., contextlib.AbstractContextManager[Stage]]

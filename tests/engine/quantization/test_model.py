@@ -16,10 +16,12 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     MixtralConfig,
+    OlmoConfig,
     PretrainedConfig,
     Qwen3MoeConfig,
 )
 
+from memory_efficient_gpt.attention.model_setup import model_dtype
 from memory_efficient_gpt.errors import UnsupportedModelError
 from memory_efficient_gpt.fusion.apply import fuse
 from memory_efficient_gpt.native.build import Unavailable
@@ -51,9 +53,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mixtral": MixtralConfig(**TINY, num_local_experts=4),
     "qwen3_moe": Qwen3MoeConfig(**TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48),
     "gpt_oss": GptOssConfig(**TINY, head_dim=16, num_local_experts=4),
+    "olmo": OlmoConfig(**TINY),  # its norms have no weights: once it is quantized nothing is in floats
 }
 QUANTIZED = {  # modules that hold a quantized weight: linear layers, both ends, stacks of experts
     "llama": 16, "llama-tied": 16, "gemma3": 16, "gpt2": 10, "mixtral": 14, "qwen3_moe": 14, "gpt_oss": 14,
+    "olmo": 16,
 }  # fmt: skip
 IDS = torch.arange(14).view(2, 7)
 
@@ -76,7 +80,7 @@ def quantized(name: str, scheme: str = "int4", dtype: torch.dtype = torch.float3
 
 def dequantized_copy(name: str, model: Any) -> Any:
     """An ordinary float model with the numbers of the quantized one."""
-    plain = tiny(name, model.dtype)
+    plain = tiny(name, model_dtype(model))
     state = dict(plain.state_dict())
     for key, module in model.named_modules():
         if module in quantized_modules(model):

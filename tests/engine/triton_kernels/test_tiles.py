@@ -11,7 +11,7 @@ AMPERE = dict(major=8, processors=108)
 
 
 def test_a_measured_shape_gets_what_was_measured() -> None:
-    assert choose_tile("int4", 128, 4096, 14336, 5, **HOPPER) == Tile(32, 8, 4, 4, 4, few_rows=True)
+    assert choose_tile("int4", 128, 14336, 4096, 5, **HOPPER) == Tile(32, 8, 1, 4, 4, few_rows=True)
     assert choose_tile("int4", 128, 14336, 4096, 128, **HOPPER) == Tile(128, 128, 1, 8, 3)
 
 
