@@ -109,14 +109,14 @@ class WatchedServer:
         self.workers_seen |= {(pid, start) for pid in workers if (start := _started(pid))}
         sums = dict.fromkeys(self.most, 0) | {"workers": len(workers)}
         for pid in workers:
-            for name, size in _memory(pid).items():
+            for name, size in process_memory(pid).items():
                 sums[name] += size
-        sums["helpers_rss_bytes"] = sum(_memory(pid).get("rss_bytes", 0) for pid in helpers)
+        sums["helpers_rss_bytes"] = sum(process_memory(pid).get("rss_bytes", 0) for pid in helpers)
         self.most = {name: max(size, sums[name]) for name, size in self.most.items()}
         self.samples += 1
 
 
-def _memory(pid: int) -> dict[str, int]:
+def process_memory(pid: int) -> dict[str, int]:
     """A process's bytes; nothing if it is gone."""
     try:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()

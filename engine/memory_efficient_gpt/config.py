@@ -31,6 +31,8 @@ class EngineConfig:
     max_model_len: positions of a request (prompt + output); None takes the model's own limit.
     kv_cache_bytes: size of the KV pool in bytes; None sizes it from `max_num_seqs` and free memory.
     num_kv_blocks: the pool in blocks instead of bytes (tests, benchmarks).
+    kv_reserve_bytes: most bytes that `Engine.set_kv_limit` may let the pool grow to: address space, which is
+    no memory until it is used. None: the pool keeps its size, as it does on a GPU (a note says so).
     block_size: tokens of a KV block; None takes 16 on CPU, 64 on CUDA.
     max_num_seqs: sequences computed together.
     max_batched_tokens: tokens of one step; longer prompts are computed in chunks.
@@ -50,6 +52,7 @@ class EngineConfig:
     max_model_len: int | None = None
     kv_cache_bytes: int | None = None
     num_kv_blocks: int | None = None
+    kv_reserve_bytes: int | None = None
     block_size: int | None = None
     max_num_seqs: int = 64
     max_batched_tokens: int = 2048
@@ -88,6 +91,7 @@ _MINIMA: Final = (
     ("max_model_len", 2),
     ("kv_cache_bytes", 1),
     ("num_kv_blocks", 2),
+    ("kv_reserve_bytes", 1),
     ("block_size", 1),
     ("max_num_seqs", 1),
     ("max_batched_tokens", 1),

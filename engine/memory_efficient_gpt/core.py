@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from memory_efficient_gpt.assembly import Parts, assemble, build
+from memory_efficient_gpt.attention.model_setup import model_device
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.engine_info import EngineInfo, EngineStats, SleepReport
 from memory_efficient_gpt.errors import (
@@ -50,6 +51,7 @@ class Engine:
         self._depth = 1 if parts.overlap else 0
         self._debug_checks = debug_checks
         self._scheduler = Scheduler(parts.scheduler_config, parts.allocator, self._is_stop)
+        self._kv_limit = parts.kv_limit
         self._pending: deque[tuple[Step, PendingStep]] = deque()
         self._eos = frozenset(self.info.eos_token_ids)
         self._block_bytes = self.info.kv_cache_bytes // (
@@ -74,7 +76,7 @@ class Engine:
         config.model is the name it goes by. Raises UnsupportedModelError or ConfigError.
         """
         decision = decide_tier(model.config, forced=config.tier, max_model_len=config.max_model_len)
-        parts = build(model, decision, config, device=model.device, name=config.model)
+        parts = build(model, decision, config, device=model_device(model), name=config.model)
         return cls(parts, debug_checks=config.debug_checks)
 
     @property
@@ -170,6 +172,18 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and present state (the object is reused: copy it to keep it)."""
         return self._scheduler.snapshot()
+
+    def set_kv_limit(self, num_bytes: int) -> int:
+        """Let the KV pool have `num_bytes`, or the nearest that it can; returns what it can have in memory.
+
+        Growing is at once, up to `info.kv_most_bytes`. Shrinking takes no block in use and keeps
+        `info.kv_least_bytes`; free memory and then the prefix cache is given back before this returns. A pool
+        of fixed size (see EngineInfo) stays as it is. A step under way is no hindrance: on a CPU its writes
+        are over when it was launched.
+        """
+        if self._kv_limit is None:
+            return self.info.kv_cache_bytes
+        return self._kv_limit.set(num_bytes)
 
     def close(self) -> None:
         """Drop all work. The engine accepts nothing afterwards."""

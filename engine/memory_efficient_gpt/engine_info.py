@@ -15,7 +15,8 @@ class EngineInfo:
     """A loaded model. Sizes in bytes; `tier` and `tier_reason` say how it is run and why.
 
     quantization: scheme of most weights; None if they are stored in `dtype`. prefix_cache: whether prompts
-    that begin alike can share KV blocks.
+    that begin alike can share KV blocks. kv_cache_bytes: the KV pool's at the start. kv_least_bytes,
+    kv_most_bytes: between which it can be moved; None: it keeps its size.
     """
 
     model: str
@@ -35,6 +36,8 @@ class EngineInfo:
     attention_backend: str
     quantization: str | None = None
     prefix_cache: bool = True
+    kv_least_bytes: int | None = None
+    kv_most_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -42,11 +45,13 @@ class EngineInfo:
 class EngineStats:
     """Counters since the engine began (totals) and its present state (num_running .. num_cached_blocks).
 
-    host_seconds: time of steps spent outside the model's forward and sampling.
+    num_kv_blocks: those that may be used now. num_waiting_for_blocks: sequences that wait because KV blocks
+    are short, not for a slot. host_seconds: time of steps spent outside the model's forward and sampling.
     """
 
     num_running: int = 0
     num_waiting: int = 0
+    num_waiting_for_blocks: int = 0
     num_kv_blocks: int = 0
     num_free_blocks: int = 0
     num_cached_blocks: int = 0

@@ -90,6 +90,20 @@ class Wake:
 
 
 @dataclass(frozen=True, slots=True)
+class SetKvLimit:
+    """To the worker: let the KV cache have so many bytes. It answers with KvLimit, in the same order."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvLimit:
+    """From the worker: what the KV cache can have in memory now, in bytes."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """From the worker while it loads: what it is doing, and how far it is (0..1)."""
 
@@ -156,6 +170,7 @@ Message = (
     | Ping
     | Sleep
     | Wake
+    | SetKvLimit
     | Progress
     | Ready
     | Failed
@@ -164,6 +179,7 @@ Message = (
     | Pong
     | Slept
     | Woke
+    | KvLimit
 )
 
 
@@ -363,6 +379,8 @@ _FORMS: Final[tuple[tuple[type, tuple[Convert, ...]], ...]] = (
     (Wake, ()),
     (Slept, (partial(unpack_record, SleepReport),)),
     (Woke, ()),
+    (SetKvLimit, (as_int,)),
+    (KvLimit, (as_int,)),
 )
 """Kind number = position. For each kind its class and how each of its fields is checked."""
 

@@ -138,6 +138,9 @@ class Scheduler:
         """Fill in and return the present state."""
         self.stats.num_running = len(self._running)
         self.stats.num_waiting = len(self._waiting)
+        short = self._refused is not None and self._refused[0].status is Status.WAITING
+        self.stats.num_waiting_for_blocks = len(self._waiting) if short else 0
+        self.stats.num_kv_blocks = self._allocator.limit
         self.stats.num_free_blocks = self._allocator.num_free
         self.stats.num_cached_blocks = self._allocator.num_cached
         return self.stats

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from memory_efficient_gpt.engine_info import SleepReport
+from memory_efficient_gpt.kv_cache.limit import KVLimit
 from memory_efficient_gpt.kv_cache.pool import KVPool
 from memory_efficient_gpt.mapped_files import Mapping, drop_mapped_pages, fetch_mapped_pages
 from memory_efficient_gpt.parking import ParkedStorages, device_storages, held_tensors
@@ -30,12 +31,20 @@ from memory_efficient_gpt.parking import ParkedStorages, device_storages, held_t
 class SleepableModel:
     """A loaded model and its KV pool (None: the model has a cache of its own, empty between requests).
 
-    report: what the present sleep gave back; None while it is awake.
+    limit: of a pool that has more address space than it may use. report: what the present sleep gave back;
+    None while it is awake.
     """
 
-    def __init__(self, model: nn.Module, pool: KVPool | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pool: KVPool | None,
+        device: torch.device,
+        limit: KVLimit | None = None,
+    ) -> None:
         self._model = model
         self._pool = pool
+        self._limit = limit
         self._device = device
         self._parked: ParkedStorages | None = None
         self._dropped: list[Mapping] = []
@@ -57,7 +66,7 @@ class SleepableModel:
             self._dropped = drop_mapped_pages(self._weights())
         else:
             self._parked = ParkedStorages(self._storages())
-        kv_bytes = self._pool.release() if self._pool is not None else 0
+        kv_bytes = self._release_pool()
         self.report = SleepReport(
             parked_bytes=self._parked.num_bytes if self._parked is not None else 0,
             pinned=self._parked is not None and self._parked.pinned,
@@ -79,6 +88,13 @@ class SleepableModel:
         if self._pool is not None:
             self._pool.restore()
         self.report = None
+
+    def _release_pool(self) -> int:
+        """Give back all that the KV pool could have in memory; its bytes."""
+        if self._pool is None:
+            return 0
+        released = self._pool.release()
+        return released if self._limit is None else min(released, self._limit.held_bytes)
 
     def _weights(self) -> Iterator[torch.Tensor]:
         caches = {id(tensor) for tensor in self._pool.tensors()} if self._pool is not None else set()

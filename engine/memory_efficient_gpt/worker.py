@@ -5,7 +5,7 @@ Does not know: HTTP, tokenizers, who started it; the engine only through `StepEn
 Invariant: nothing that the server does or fails to do makes a step wait: news is buffered, and past
 `MAX_OUTBOX_BYTES` of unread news the engine pauses between steps. The process never outlives the server.
 
-    +-> inbox: read what has come, without waiting  -- submit, abort, drain, close, ping
+    +-> inbox: read what has come, without waiting  -- submit, abort, KV limit, drain, close, ping
     |   work and room in the outbox?  -> engine.step() -> one frame with all its events
     |   no work, and told to sleep or to wake -> do it
     |   otherwise                     -> wait for bytes to read, or for room to write
@@ -31,11 +31,13 @@ from memory_efficient_gpt.frames import (
     Close,
     Drain,
     Failed,
+    KvLimit,
     Message,
     Ping,
     Pong,
     Progress,
     Ready,
+    SetKvLimit,
     Sleep,
     Slept,
     Stats,
@@ -98,6 +100,9 @@ class StepEngine(Protocol):
 
     def wake(self) -> None:
         """Take it back. Any error leaves an engine that is to be ended."""
+
+    def set_kv_limit(self, num_bytes: int) -> int:
+        """Let the KV cache have so many bytes; returns what it can hold now."""
 
     def close(self) -> None:
         """Drop all work."""
@@ -229,6 +234,9 @@ class Worker:
                 self._stats_stale, self._stats_due_s = True, 0.0
             case Ping(nonce):
                 self._channel.send(encode(Pong(nonce)))
+            case SetKvLimit(num_bytes):
+                self._channel.send(encode(KvLimit(self._engine.set_kv_limit(num_bytes))))
+                self._stats_stale, self._stats_due_s = True, 0.0
             case Drain():
                 self._draining = True
             case Close():

@@ -30,7 +30,13 @@ from memory_efficient_gpt_server.registry.hosted import HostedModel, Provision
 from memory_efficient_gpt_server.registry.ledger import Budget
 from memory_efficient_gpt_server.registry.owner import Registry
 from memory_efficient_gpt_server.registry.records import Policy
-from memory_efficient_gpt_server.registry.sizing import UNQUANTIZED, compute_device, facts_of_config, sized
+from memory_efficient_gpt_server.registry.sizing import (
+    UNQUANTIZED,
+    KvLimits,
+    compute_device,
+    facts_of_config,
+    sized,
+)
 from memory_efficient_gpt_server.registry.variants import HOST, ModelEntry, VariantKey, per_device
 from memory_efficient_gpt_server.supervision import WorkerLimits
 from memory_efficient_gpt_server.workers import WorkerModel
@@ -100,7 +106,7 @@ def _hosted(
     return HostedModel(
         _entry(model),
         VariantKey(model.id),
-        cache(partial(_provide, config, budget_bytes, worker)),
+        cache(partial(_provide, config, budget_bytes, _kv_limits(model), worker)),
         at_start=model.load == "start",
         choices=_choices(model, folder),
     )
@@ -115,7 +121,13 @@ def _entry(model: ModelSettings) -> ModelEntry:
         ttl_s=model.ttl_s,
         min_residency_s=model.min_residency_s,
         priority=model.priority,
+        kv_soft_limit_bytes=model.kv_soft_limit_bytes,
+        kv_hard_limit_bytes=model.kv_hard_limit_bytes,
     )
+
+
+def _kv_limits(model: ModelSettings) -> KvLimits:
+    return KvLimits(model.kv_soft_limit_bytes, model.kv_hard_limit_bytes)
 
 
 def _choices(model: ModelSettings, folder: Path) -> Choices:
@@ -140,15 +152,24 @@ def _require_choosable(hosted: Sequence[HostedModel]) -> None:
 
 
 def _provide(
-    config: EngineConfig, budget_bytes: int, worker: Callable[..., WorkerModel], key: VariantKey
+    config: EngineConfig,
+    budget_bytes: int,
+    limits: KvLimits,
+    worker: Callable[..., WorkerModel],
+    key: VariantKey,
 ) -> Provision:
     if key.quantization is not None:
         config = replace(config, quantization=None if key.quantization == UNQUANTIZED else key.quantization)
     if key.kv_cache_dtype != "auto":
         config = replace(config, kv_cache_dtype=cast("KVCacheDtype", key.kv_cache_dtype))
     name = str(key)
-    final, estimate = sized(config, budget_bytes)
+    final, estimate = sized(config, budget_bytes, limits)
     logger.info("%s would take %s bytes.", name, f"{sum(a.bytes for a in estimate.awake()):,}")
+    if estimate.kv_most_bytes is None:
+        level = logging.WARNING if any(limits) else logging.INFO
+        logger.log(
+            level, "%s keeps the size of its KV cache: on %s it can't be moved.", name, estimate.device
+        )
     return Provision(
         estimate,
         lambda: worker(final, name=name),

@@ -19,8 +19,12 @@ from memory_efficient_gpt.errors import ConfigError
 from memory_efficient_gpt.quantization.scheme import parse_scheme
 from memory_efficient_gpt_server.variant_settings import Variants
 
-LIFECYCLE_FIELDS: Final = ("load", "pinned", "ttl_s", "min_residency_s", "priority", "variants")
-"""Fields of a model that say when and in which variants it is loaded, and how long it stays."""
+LIFECYCLE_FIELDS: Final = (
+    "load", "pinned", "ttl_s", "min_residency_s", "priority", "variants", "kv_soft_limit_bytes",
+    "kv_hard_limit_bytes",
+)  # fmt: skip
+"""Fields of a model that say when and in which variants it is loaded, how long it stays, and how much KV
+memory it may have."""
 
 LoadTime = Literal["start", "on_demand"]
 
@@ -96,6 +100,14 @@ class ModelSettings(BaseModel):
         (),
         description="what requests may choose instead: schemes, mappings, or any (needs memory_budget_bytes)",
     )
+    kv_soft_limit_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="KV cache kept when others need room; null: as loaded (needs memory_budget_bytes)",
+    )
+    kv_hard_limit_bytes: int | None = Field(
+        None, ge=1, description="most its KV cache may grow to; null: automatic (needs memory_budget_bytes)"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -113,9 +125,18 @@ class ModelSettings(BaseModel):
             if self.quantization is not None:
                 parse_scheme(self.quantization)
             self.engine_config()
+            self._check_kv_limits()
         except ConfigError as error:
             raise ValueError(" ".join(error.problems)) from error
         return self
+
+    def _check_kv_limits(self) -> None:
+        hard = self.kv_hard_limit_bytes
+        if hard is None:
+            return
+        for name in ("kv_soft_limit_bytes", "kv_cache_bytes"):
+            if (size := getattr(self, name)) is not None and size > hard:
+                raise ConfigError([f"{name} is {size:,}, more than kv_hard_limit_bytes, {hard:,}. Lower it."])
 
     def engine_config(self) -> EngineConfig:
         """The engine's view of this."""

@@ -43,10 +43,12 @@ from memory_efficient_gpt.frames import (
     Drain,
     Events,
     Failed,
+    KvLimit,
     Message,
     Pong,
     Progress,
     Ready,
+    SetKvLimit,
     Sleep,
     Slept,
     Stats,
@@ -60,6 +62,7 @@ from memory_efficient_gpt.wire import FrameError
 from memory_efficient_gpt.worker import LoadEngine, load_engine
 from memory_efficient_gpt_server.counters import add_counters
 from memory_efficient_gpt_server.event_stream import EventStream
+from memory_efficient_gpt_server.kv_limit import KvLimitCalls
 from memory_efficient_gpt_server.model_states import LoadProgress, LoadTimes
 from memory_efficient_gpt_server.model_states import ModelState as ModelState
 from memory_efficient_gpt_server.open_requests import OpenRequest, OpenRequests
@@ -110,6 +113,7 @@ class WorkerModel:
         self._limits, self._stall_rule = limits, limits.stall_rule(0.0)
         self._open = OpenRequests(limits.resume_wait_s)
         self._sleep_switch = SleepSwitch()
+        self._kv_limit = KvLimitCalls(lambda num_bytes: self._send_frame(encode(SetKvLimit(num_bytes))))
         self._process: WorkerProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
@@ -167,6 +171,16 @@ class WorkerModel:
         """End a request, or one sequence of it, without further events. Unknown ids are fine."""
         if self._open.close(request_id, index) and self._ready_s is not None:
             self._send_frame(encode(Abort(request_id, index)))
+
+    async def set_kv_limit(self, num_bytes: int) -> int:
+        """Let the KV cache have so many bytes, now and in workers to come; returns what it can hold then.
+
+        See `Engine.set_kv_limit`. While there is no worker it waits for the next one.
+        Raises ModelLoadError if there will be none.
+        """
+        if self.state in (ModelState.FAILED, ModelState.CLOSED):
+            raise ModelLoadError(f"{self.name} is {self.state}: {self.reason}")
+        return await self._kv_limit.set(num_bytes)
 
     # ---- for the server's life cycle
 
@@ -226,6 +240,7 @@ class WorkerModel:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
         self._set_state(ModelState.CLOSED, "closed")
+        self._kv_limit.fail(ModelLoadError(f"{self.name} is closed."))
 
     # ---- supervision
 
@@ -276,6 +291,7 @@ class WorkerModel:
     def _after_death(self, how: str) -> float | None:
         now_s = time.monotonic()
         was_ready_s, self._ready_s = self._ready_s, None
+        self._kv_limit.worker_died()
         if was_ready_s is not None:
             self._open.crashed(self.name, how)
         if self.state is ModelState.ASLEEP:
@@ -300,6 +316,7 @@ class WorkerModel:
     def _give_up(self, reason: str) -> None:
         logger.error("%s failed: %s", self.name, reason)
         self._set_state(ModelState.FAILED, reason)
+        self._kv_limit.fail(ModelLoadError(f"{self.name} failed: {reason}"))
         self._open.fail_all(  # without the reason: it may name files, and this goes to clients
             ModelLoadError(
                 f"The worker of {self.name} died while this request was aboard, and no other could be "
@@ -339,6 +356,8 @@ class WorkerModel:
                 self._sleep_switch.answered(report)
             case Woke():
                 self._sleep_switch.answered(SleepReport())
+            case KvLimit(num_bytes):
+                self._kv_limit.answered(num_bytes)
             case Pong():
                 pass
             case _:
@@ -353,6 +372,7 @@ class WorkerModel:
         logger.info("%s is ready after %.2f s.", self.name, self.times.ready_s)
         if self.state is ModelState.LOADING:
             self._set_state(ModelState.READY, None)
+        self._kv_limit.worker_ready()
         self._resume()
         if self.state is ModelState.DRAINING:
             self._drain_if_ready()

@@ -40,6 +40,7 @@ class ScriptedEngine:
     running: dict[str, list[int | None]] = field(default_factory=dict)
     requests: dict[str, Request] = field(default_factory=dict)
     counters: EngineStats = field(default_factory=lambda: EngineStats(num_kv_blocks=100))
+    kv_limits: list[int] = field(default_factory=list)
     closed: bool = False
     asleep: bool = False
 
@@ -124,6 +125,12 @@ class ScriptedEngine:
                 time.sleep(1000)
             case ["dies", when] if when == at:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+    def set_kv_limit(self, num_bytes: int) -> int:
+        """Never below 1000."""
+        self.kv_limits.append(num_bytes)
+        self.counters.num_kv_blocks = num_bytes
+        return max(1000, num_bytes)
 
     def close(self) -> None:
         self.closed = True

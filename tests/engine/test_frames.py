@@ -24,11 +24,13 @@ from memory_efficient_gpt.frames import (
     Events,
     Failed,
     FrameDecoder,
+    KvLimit,
     Message,
     Ping,
     Pong,
     Progress,
     Ready,
+    SetKvLimit,
     Sleep,
     Slept,
     Stats,
@@ -62,11 +64,11 @@ INFO = EngineInfo(
     model="m", architecture="A", tier="B", tier_reason="r", dtype="float32", device="cpu", max_model_len=1,
     vocab_size=2, eos_token_ids=(3, 4), num_kv_blocks=5, block_size=6, kv_cache_dtype="int8", weights_bytes=7,
     kv_cache_bytes=2**40, attention_backend="torch", quantization="int4", prefix_cache=False,
-    notes=("one", "two"),
+    notes=("one", "two"), kv_least_bytes=8, kv_most_bytes=2**41,
 )  # fmt: skip
 CONFIG = EngineConfig(
     model="m", revision="r", device="cpu", dtype="float32", quantization="int4", kv_cache_dtype="int8",
-    max_model_len=2, num_kv_blocks=2, block_size=1, max_num_seqs=1, max_batched_tokens=1,
+    max_model_len=2, num_kv_blocks=2, kv_reserve_bytes=9, block_size=1, max_num_seqs=1, max_batched_tokens=1,
     prefix_cache=False, num_threads=1,
     overlap=True, native_kernels=False, cuda_graphs=False, tier="C", debug_checks=True,
 )  # fmt: skip
@@ -91,6 +93,7 @@ MESSAGES: list[Message] = [
     Submit(REQUEST), Submit(Request(id="x", prompt_token_ids=())), Abort("r"), Abort("r", 0), Drain(),
     Close(), Ping(2**40), Pong(0), Progress("reading", 0.5), Ready(INFO), Events(EVENTS), Stats(STATS, 0.01),
     Sleep(), Wake(), Slept(REPORT), Woke(),
+    SetKvLimit(2**40), KvLimit(0),
 ]  # fmt: skip
 
 

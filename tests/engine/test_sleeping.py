@@ -106,6 +106,22 @@ def test_only_an_idle_engine_sleeps_and_a_sleeping_one_takes_no_request() -> Non
 
 
 @linux_only
+def test_an_elastic_cache_tells_what_it_had_and_wakes_with_the_limit_it_was_told_asleep() -> None:
+    fixed = random_engine()
+    before = run(fixed, *PROMPTS)
+    engine = random_engine(num_kv_blocks=100, kv_reserve_bytes=fixed.info.kv_cache_bytes)
+    block_bytes = fixed.info.kv_cache_bytes // 401
+    assert run(engine, *PROMPTS) == before
+    assert 0 < engine.sleep().kv_bytes <= 101 * block_bytes, "more than it could have"
+    told = [engine.set_kv_limit(blocks * block_bytes) for blocks in (301, 51)]
+    assert told == [301 * block_bytes, 51 * block_bytes]
+    engine.wake()
+    assert engine.stats().num_kv_blocks == engine.stats().num_free_blocks == 50
+    assert run(engine, *PROMPTS) == before
+    assert engine.sleep().kv_bytes <= 51 * block_bytes
+
+
+@linux_only
 def test_the_kv_cache_really_leaves_memory() -> None:
     engine = random_engine(num_kv_blocks=20_000, max_num_seqs=64)
     for cache in engine._sleepable._pool.caches:  # type: ignore[union-attr]

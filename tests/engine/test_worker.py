@@ -22,9 +22,11 @@ from memory_efficient_gpt.frames import (
     Events,
     Failed,
     FrameDecoder,
+    KvLimit,
     Message,
     Ping,
     Pong,
+    SetKvLimit,
     Sleep,
     Slept,
     Stats,
@@ -282,6 +284,20 @@ def test_ping_is_answered_at_work_and_at_rest(server: Server) -> None:
     assert server.next(Pong).nonce == 1
     server.send(Submit(request(COUNT, delay_ms=1, max_tokens=10**6)), Ping(2))
     assert server.next(Pong).nonce == 2
+
+
+def test_kv_limits_are_set_between_steps_and_answered_in_order(server: Server) -> None:
+    server.send(Submit(request(COUNT, delay_ms=1, max_tokens=10**6)), SetKvLimit(5000), SetKvLimit(1))
+    assert [server.next(KvLimit).num_bytes for _ in range(2)] == [5000, 1000]
+    assert server.engine.kv_limits == [5000, 1]
+    server.next(Stats, lambda s: s.stats.num_kv_blocks == 1)
+
+
+def test_an_idle_worker_tells_its_new_kv_limit(server: Server) -> None:
+    server.next(Stats)
+    server.send(SetKvLimit(7000))
+    assert server.next(KvLimit).num_bytes == 7000
+    assert server.next(Stats).stats.num_kv_blocks == 7000
 
 
 def test_the_end_of_the_server_ends_the_worker(server: Server) -> None:

@@ -191,6 +191,7 @@ def test_wrong_models_are_problems(tmp_path: Path) -> None:
 def test_model_settings_follow_the_engines_config() -> None:
     engine = {f.name: f.default for f in dataclasses.fields(EngineConfig)}
     mine = {name: field.default for name, field in ModelSettings.model_fields.items()}
+    del engine["kv_reserve_bytes"]  # follows from the KV limits and the budget
     assert set(mine) == {"id", "aliases", *engine, *LIFECYCLE_FIELDS}
     assert {n: d for n, d in mine.items() if n not in ("id", "aliases", "model", *LIFECYCLE_FIELDS)} == {
         n: d for n, d in engine.items() if n != "model"
@@ -231,14 +232,22 @@ def test_many_models_yaml_is_valid() -> None:
 
 @pytest.mark.parametrize("field", LIFECYCLE_FIELDS)
 def test_what_only_a_budget_makes_true_needs_one(field: str) -> None:
-    value = {"load": "on_demand", "pinned": True, "ttl_s": 60, "min_residency_s": 5, "priority": 1,
-             "variants": "any"}[field]  # fmt: skip
+    values = {"load": "on_demand", "pinned": True, "ttl_s": 60, "min_residency_s": 5, "priority": 1,
+              "variants": "any"}  # fmt: skip
+    value = values.get(field, 1 << 20)
     models = [{"model": "demo", field: value}]
     told = problems_of({"models": models}, {})
     assert "model demo" in told and field in told and "memory_budget_bytes" in told
     settings = load_settings({"models": models, "memory_budget_bytes": 10**9}, {}).settings
     assert getattr(settings.models[0], field) == value
     assert settings.models[0].engine_config() == EngineConfig(model="demo")
+
+
+@pytest.mark.parametrize("name", ["kv_soft_limit_bytes", "kv_cache_bytes"])
+def test_no_kv_size_may_exceed_the_hard_limit(name: str) -> None:
+    models = [{"model": "demo", name: 2_000_000, "kv_hard_limit_bytes": 1_999_999}]
+    told = problems_of({"models": models, "memory_budget_bytes": 10**9}, {})
+    assert f"{name} is 2,000,000, more than kv_hard_limit_bytes, 1,999,999" in told
 
 
 def test_a_folder_of_models_is_loaded_on_demand_under_a_budget(tmp_path: Path) -> None:

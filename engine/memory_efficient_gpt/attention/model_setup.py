@@ -56,6 +56,13 @@ def model_dtype(model: PreTrainedModel) -> torch.dtype:
     )
 
 
+def model_device(model: PreTrainedModel) -> torch.device:
+    """Where the model is; `model.device` fails where `model.dtype` does."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    raise UnsupportedModelError(f"{type(model).__name__} has no tensors.")
+
+
 @contextmanager
 def setup_kept(model: PreTrainedModel) -> Iterator[None]:
     """Undo afterwards what `prepare_model` does within: plain transformers may then use `model` again.

@@ -60,6 +60,11 @@ class BlockAllocator:
         return len(self._free) + len(self._evictable)
 
     @property
+    def num_used(self) -> int:
+        """Blocks that someone owns."""
+        return self.num_blocks - 1 - len(self._withheld) - self.num_free
+
+    @property
     def limit(self) -> int:
         """How many blocks may be in use, cached ones included."""
         return self._limit
@@ -97,6 +102,10 @@ class BlockAllocator:
         """Blocks withheld since the last call, in ascending order: nobody reads or writes them any more."""
         taken, self._newly_withheld = sorted(self._newly_withheld), []
         return taken
+
+    def withheld(self) -> list[int]:
+        """All withheld blocks, in ascending order."""
+        return sorted(self._withheld)
 
     @property
     def num_cached(self) -> int:

@@ -9,12 +9,13 @@ Letters: N blocks, BS tokens of a block, H kv heads, D head size (key's and valu
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -28,6 +29,8 @@ from memory_efficient_gpt.uploads import upload
 _SCALE_BYTES = 4
 _PAGE: Final = mmap.PAGESIZE
 _MADV_DONTNEED: Final = 4  # Linux's: the pages read as zeros afterwards
+_MAP_NORESERVE: Final = 0x4000  # Linux's: limits are kept by this engine, not by the system's overcommit rule
+_Zeros = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 QUANTIZED_DTYPES: Final = (torch.int8, torch.float8_e4m3fn)
 
 
@@ -57,7 +60,11 @@ def block_bytes(layers: Sequence[LayerKV], block_size: int, dtype: torch.dtype) 
 
 
 class KVPool:
-    """One `[N, BS, H, D]` key and value tensor a layer, zero at first (untouched pages cost nothing)."""
+    """One `[N, BS, H, D]` key and value tensor a layer, zero at first (untouched pages cost nothing).
+
+    movable: whether memory will be given back and taken again (CPU only): then pages are the system's small
+    ones, because a huge page would be resident around the first block that is written in it.
+    """
 
     def __init__(
         self,
@@ -66,12 +73,20 @@ class KVPool:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        movable: bool = False,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
         self.num_bytes = num_blocks * block_bytes(layers, block_size, dtype)
-        self.caches = [_layer_cache(layer, num_blocks, block_size, dtype, device) for layer in layers]
+        zeros = _reserved if movable else functools.partial(_zeros, device=device)
+        self.caches = [_layer_cache(layer, num_blocks, block_size, dtype, zeros) for layer in layers]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers."""
+        return self.num_bytes // self.num_blocks
 
     def attach(self, model: nn.Module) -> None:
         """Give each attention module its cache as `paged_kv` (a plain attribute: not saved, not moved)."""
@@ -124,6 +139,20 @@ class KVPool:
         runs = _runs(blocks)
         return sum(_release_pages(t, first, count) for t in self.tensors() for first, count in runs)
 
+    def most_resident_bytes(self, released: Sequence[int]) -> int:
+        """What can be in memory while the blocks `released` (ascending) are given back and not written.
+
+        A page stays for each block in it that is not released. The one at the border of what is released up
+        to the pool's end is rounding, and not counted.
+        """
+        gone = 0
+        for first, count in _runs(released):
+            for tensor in self.tensors():
+                size = tensor.stride(0) * tensor.element_size()
+                start, end = _whole_pages(tensor, first, count)
+                gone += count * size if first + count == self.num_blocks else max(0, end - start)
+        return self.num_bytes - gone
+
 
 def _runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
     """Ascending numbers as (first, count) of what is contiguous."""
@@ -138,14 +167,19 @@ def _runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
 
 def _release_pages(tensor: torch.Tensor, first: int, count: int) -> int:
     """Tell the system that the pages wholly inside of blocks first..first+count-1 are not needed."""
-    size = tensor.stride(0) * tensor.element_size()
-    begin = tensor.data_ptr() + first * size
-    start, end = -(-begin // _PAGE) * _PAGE, (begin + count * size) // _PAGE * _PAGE
+    start, end = _whole_pages(tensor, first, count)
     if end <= start:
         return 0
     if _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED) != 0:
         raise OSError(ctypes.get_errno(), "madvise failed")
     return end - start
+
+
+def _whole_pages(tensor: torch.Tensor, first: int, count: int) -> tuple[int, int]:
+    """Where the pages wholly inside of those blocks begin and end, as addresses."""
+    size = tensor.stride(0) * tensor.element_size()
+    begin = tensor.data_ptr() + first * size
+    return -(-begin // _PAGE) * _PAGE, (begin + count * size) // _PAGE * _PAGE
 
 
 @functools.cache
@@ -154,17 +188,17 @@ def _libc() -> ctypes.CDLL:
 
 
 def _layer_cache(
-    layer: LayerKV, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    layer: LayerKV, num_blocks: int, block_size: int, dtype: torch.dtype, zeros: _Zeros
 ) -> LayerCache:
     shape = (num_blocks, block_size, layer.num_kv_heads)
 
     def scales() -> torch.Tensor | None:
-        return _zeros(shape, torch.float32, device) if dtype in QUANTIZED_DTYPES else None
+        return zeros(shape, torch.float32) if dtype in QUANTIZED_DTYPES else None
 
     return LayerCache(
         spec=layer,
-        key=_zeros((*shape, layer.key_dim), dtype, device),
-        value=_zeros((*shape, layer.value_dim), dtype, device),
+        key=zeros((*shape, layer.key_dim), dtype),
+        value=zeros((*shape, layer.value_dim), dtype),
         key_scale=scales(),
         value_scale=scales(),
     )
@@ -176,3 +210,13 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = math.prod(shape) * dtype.itemsize
     return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+
+
+def _reserved(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in host address space of their own, of which exactly the pages that are written take memory."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    space = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            space.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(space, dtype=torch.uint8).view(dtype).view(shape)

@@ -106,6 +106,14 @@ def num_pool_blocks(
     return min(wanted, room)
 
 
+def num_reserved_blocks(
+    config: EngineConfig, layers: Sequence[LayerKV], block_size: int, dtype: torch.dtype, num_blocks: int
+) -> int:
+    """Blocks that the pool of `num_blocks` can grow to, the trash block included."""
+    one = block_bytes(layers, block_size, dtype)
+    return max(num_blocks, (config.kv_reserve_bytes or 0) // one)
+
+
 def pool_context(num_blocks: int, block_size: int, max_len: int) -> tuple[int, tuple[str, ...]]:
     """Positions that the pool can hold of the `max_len` wanted, and a note if that is less."""
     held = (num_blocks - 1) * block_size

@@ -20,6 +20,7 @@ from memory_efficient_gpt.config import EngineConfig, TierName
 from memory_efficient_gpt.errors import CheckpointError, ConfigError, UnsupportedModelError
 from memory_efficient_gpt.hardware import free_memory_bytes, resolve_device
 from memory_efficient_gpt.kv_cache.geometry import LayerKV, probe_geometry, token_bytes
+from memory_efficient_gpt.kv_cache.limit import can_move
 from memory_efficient_gpt.kv_cache.pool import block_bytes
 from memory_efficient_gpt.kv_cache.pool_size import (
     context_length,
@@ -95,6 +96,7 @@ def _estimate(
         load_peak_bytes=max(weights.peak_bytes, weights.num_bytes), device=str(device), tier=decision.tier,
         dtype=_name(dtype), kv_cache_dtype=_name(pool.dtype) if pool.dtype else "transformers",
         max_model_len=pool.max_len, wanted_model_len=max_len, quantization=weights.quantization,
+        kv_context_bytes=pool.context_bytes, kv_can_move=pool.dtype is not None and can_move(device),
         notes=(*notes, *dtype_notes, *weights.notes, *decision.notes, *length_notes, *pool.notes),
     )  # fmt: skip
 
@@ -148,6 +150,7 @@ class _Pool:
     max_len: int
     num_bytes: int = 0
     dtype: torch.dtype | None = None
+    context_bytes: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -164,16 +167,17 @@ def _pool(
     if decision.tier == "C" or layers is None:
         return _Pool(max_len)
     kv, size = kv_dtype(config, dtype, device), kv_block_size(config, device)
+    one = block_bytes(layers, size, kv)
+    full = math.ceil(max_len / size) + 1
     try:
         blocks = num_pool_blocks(config, layers, size, kv, device, max_len, free)
     except ConfigError:
         if config.kv_cache_bytes is not None:
             raise
-        blocks = math.ceil(max_len / size) + 1
         note = f"free memory leaves no room for a KV cache; counted is one for {max_len:,} tokens"
-        return _Pool(max_len, blocks * block_bytes(layers, size, kv), kv, (note,))
+        return _Pool(max_len, full * one, kv, full * one, (note,))
     held, notes = pool_context(blocks, size, max_len)
-    return _Pool(held, blocks * block_bytes(layers, size, kv), kv, notes)
+    return _Pool(held, blocks * one, kv, full * one, notes)
 
 
 def _weight_files(model: str, folder: Path) -> tuple[Sequence[Path] | None, tuple[str, ...]]:

@@ -18,7 +18,9 @@ class MemoryEstimate:
     process takes besides. load_peak_bytes: most bytes of weights at once while it loads.
     tier: how it is served. max_model_len: positions that a request gets; wanted_model_len: that it would get
     if the KV cache were large enough. quantization: scheme of most weights ("bitsandbytes" for a checkpoint
-    of that library); None if they are stored in `dtype`. notes: what a user should know.
+    of that library); None if they are stored in `dtype`. kv_context_bytes: KV cache of one request of
+    wanted_model_len, the least of a pool that can shrink. kv_can_move: whether it can. notes: what a
+    user should know.
     """
 
     weights_bytes: int
@@ -33,6 +35,8 @@ class MemoryEstimate:
     wanted_model_len: int = 0
     load_peak_bytes: int = 0
     quantization: str | None = None
+    kv_context_bytes: int = 0
+    kv_can_move: bool = False
 
     @property
     def total_bytes(self) -> int:

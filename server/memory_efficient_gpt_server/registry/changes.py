@@ -16,9 +16,10 @@ from memory_efficient_gpt.errors import InvalidRequestError
 from memory_efficient_gpt_server.errors import BudgetTooSmallError, ModelBusyError, ModelExistsError
 from memory_efficient_gpt_server.registry.events import BudgetPatched, Patched
 from memory_efficient_gpt_server.registry.hosted import HostedModel
+from memory_efficient_gpt_server.registry.kv_room import kept_bytes, kv_bytes
 from memory_efficient_gpt_server.registry.ledger import Stage
 from memory_efficient_gpt_server.registry.owner import Registry
-from memory_efficient_gpt_server.registry.records import RegistryView
+from memory_efficient_gpt_server.registry.records import RegistryView, VariantRecord
 from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import VariantKey, find_entry
 
@@ -89,7 +90,10 @@ def model_exists(model_id: str) -> ModelExistsError:
 
 
 def staying_bytes(view: RegistryView, device: str) -> dict[str, int]:
-    """Bytes of a device that nothing but an administrator can free, by holder: pinned models, and leaks."""
+    """Bytes of a device that nothing but an administrator can free, by holder: pinned models, and leaks.
+
+    Without KV memory that a pinned model can spare.
+    """
     staying: dict[str, int] = {}
     for owner, entries in view.ledger.entries.items():
         record = view.records.get(owner) if isinstance(owner, VariantKey) else None
@@ -97,6 +101,14 @@ def staying_bytes(view: RegistryView, device: str) -> dict[str, int]:
             view.entries[record.key.model_id].pins(record.key) and record.state is not State.UNLOADING
         )
         size = sum([e.bytes for e in entries if e.device == device and (stays or e.stage is Stage.LEAKED)])
+        if stays and record is not None:
+            size -= _spare_kv_bytes(view, record, device)
         if size:
             staying[str(owner)] = size
     return staying
+
+
+def _spare_kv_bytes(view: RegistryView, record: VariantRecord, device: str) -> int:
+    if record.needs.device != device:
+        return 0
+    return kv_bytes(view.ledger, record.key) - kept_bytes(view, record, at_best=True)

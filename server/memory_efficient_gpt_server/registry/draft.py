@@ -16,6 +16,7 @@ from memory_efficient_gpt_server.registry.effects import (
     Effect,
     Finish,
     GrantLease,
+    MoveKv,
     RefusalKind,
     Refuse,
     StartLoad,
@@ -24,10 +25,11 @@ from memory_efficient_gpt_server.registry.effects import (
     StartWake,
     UnloadReason,
 )
+from memory_efficient_gpt_server.registry.kv_room import kept_bytes, kv_limit_bytes
 from memory_efficient_gpt_server.registry.planning import Plan
-from memory_efficient_gpt_server.registry.records import Failure, RegistryState, VariantRecord
+from memory_efficient_gpt_server.registry.records import Failure, KvGift, RegistryState, VariantRecord
 from memory_efficient_gpt_server.registry.states import State, fail, move
-from memory_efficient_gpt_server.registry.variants import Estimate, Kind, VariantKey
+from memory_efficient_gpt_server.registry.variants import Estimate, VariantKey
 
 
 class Draft:
@@ -123,7 +125,8 @@ class Draft:
         """Take leases, then tell the waiters: nothing can come between, so none finds its model gone."""
         assert record.state is State.READY, f"a lease on {record.key}, which is {record.state}"
         self.effects.extend([GrantLease(waiter, record.key) for waiter in waiters])
-        return self.put(record, leases=record.leases.union(waiters), last_used_s=self.now_s)
+        leases = record.leases.union(waiters)
+        return self.put(record, leases=leases, last_used_s=self.now_s, kv_floor_bytes=0)
 
     def serve_group(self, record: VariantRecord) -> VariantRecord:
         """The variant is ready: everyone who waits for it gets an answer."""
@@ -136,7 +139,7 @@ class Draft:
     def release(self, record: VariantRecord, lease: int) -> None:
         """A lease ends; unknown ones are fine."""
         if lease in record.leases:
-            self.put(record, leases=record.leases - {lease}, last_used_s=self.now_s)
+            self.put(record, leases=record.leases - {lease}, last_used_s=self.now_s, kv_floor_bytes=0)
 
     def abort_leases(self, record: VariantRecord, reason: AbortReason) -> VariantRecord:
         """End all leases now. Only for what is not an eviction."""
@@ -153,9 +156,10 @@ class Draft:
 
     def start_wake(self, record: VariantRecord) -> None:
         """Reserve and begin to wake. Raises LedgerError if there is no room."""
-        self.ledger = self.ledger.reserve(record.key, record.needs.to_wake())
+        awake = record.needs_awake_again
+        self.ledger = self.ledger.reserve(record.key, awake.to_wake())
         self.enter(record, State.WAKING)
-        self.effects.append(StartWake(record.key))
+        self.effects.append(StartWake(record.key, awake.kv_bytes))
 
     def become_ready(self, record: VariantRecord) -> VariantRecord:
         """A load or a wake-up has succeeded; those who wait are served."""
@@ -163,11 +167,27 @@ class Draft:
         return self.serve_group(record)
 
     def sleep(self, record: VariantRecord, reason: UnloadReason, sleepers: tuple[int, ...] = ()) -> None:
-        """Begin to put an unleased variant to sleep. Raises LedgerError if the host has no room."""
+        """Begin to put an unleased variant to sleep. Raises LedgerError if the host has no room.
+
+        It wakes with the KV memory that it has now, but at most what it was loaded with or keeps when others
+        want some: what it had grown by is free from now on, and must not be in the way of its waking.
+        """
         assert not record.leases, f"{record.key} is put to sleep in use"
+        record = self.put(record, kv_floor_bytes=0)  # nothing is in use any more
+        most_bytes = max(record.needs.kv_bytes, kept_bytes(self, record))
+        on_waking_bytes = min(most_bytes, kv_limit_bytes(self, record.key))
         self.ledger = self.ledger.begin_freeing(record.key, record.needs.freed_by_sleep)
         self.ledger = self.ledger.reserve(record.key, record.needs.parked())
-        self.enter(record, State.SLEEPING, reason, sleepers=sleepers, drain_for=None, drain_deadline_s=None)
+        self.enter(
+            record,
+            State.SLEEPING,
+            reason,
+            sleepers=sleepers,
+            drain_for=None,
+            drain_deadline_s=None,
+            giving=None,
+            kv_on_waking_bytes=on_waking_bytes,
+        )
         self.effects.append(StartSleep(record.key, reason))
 
     def unload(self, record: VariantRecord, reason: UnloadReason, detail: str | None = None) -> None:
@@ -183,8 +203,15 @@ class Draft:
             sleepers=(),
             drain_for=None,
             drain_deadline_s=None,
+            giving=None,
         )
         self.effects.append(StartUnload(record.key, reason))
+
+    def give_kv(self, record: VariantRecord, target: VariantKey | None, size: int) -> None:
+        """Tell a ready variant to unmap KV bytes; they stay booked until it has."""
+        assert record.state is State.READY and record.giving is None, f"{record.key} can't give now"
+        self.put(record, giving=KvGift(target, size))
+        self.effects.append(MoveKv(record.key, target, size))
 
     def strike(self, record: VariantRecord, reason: str, *, fatal: bool) -> VariantRecord:
         """Count a failure. If it is fatal or one too many, who waits is refused and a pause begins."""
@@ -209,7 +236,3 @@ class Draft:
         record = self.enter(record, State.UNLOADED, failure=None, timings=timings, operations=())
         if record.key in self.queue:  # also those who came when the pause was over, but its process was not
             self.enter(record, State.QUEUED)
-
-    def kind_bytes(self, key: VariantKey, kind: Kind) -> int:
-        """Bytes of one kind that a variant has, on all devices."""
-        return sum([e.bytes for e in self.ledger.of(key) if e.kind is kind])

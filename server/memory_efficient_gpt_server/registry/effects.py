@@ -85,9 +85,13 @@ class StartSleep:
 
 @dataclass(frozen=True, slots=True)
 class StartWake:
-    """Let the worker take it all back. Answer: Woke or WorkerDied."""
+    """Let the worker take it all back. Answer: Woke or WorkerDied.
+
+    kv_bytes: what its KV cache may have from now on; it is booked.
+    """
 
     key: VariantKey
+    kv_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +139,13 @@ class GrowKv:
 
 @dataclass(frozen=True, slots=True)
 class MoveKv:
-    """Let `source` unmap KV memory, then `target` map as much. Answer: KvMoved with what was really moved."""
+    """Let `source` unmap KV memory, as far as it is not in use. Answer: KvMoved with what it really unmapped.
+
+    target: who will then be told to grow; None: nobody, a load waits for the bytes.
+    """
 
     source: VariantKey
-    target: VariantKey
+    target: VariantKey | None
     bytes: int
 
 

@@ -110,7 +110,7 @@ class Slept:
 
 @dataclass(frozen=True, slots=True)
 class Woke:
-    """The weights are back, and the variant takes `measured`."""
+    """The weights are back, and the variant takes `measured`, with the KV memory that it has now."""
 
     key: VariantKey
     measured: Estimate
@@ -118,7 +118,10 @@ class Woke:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A ready variant takes something else now (CUDA graphs are captured late, workspaces grow)."""
+    """A ready variant takes something else now (CUDA graphs are captured late, workspaces grow).
+
+    measured: with the KV memory that it has now.
+    """
 
     key: VariantKey
     measured: Estimate
@@ -134,10 +137,9 @@ class KvWanted:
 
 @dataclass(frozen=True, slots=True)
 class KvMoved:
-    """`bytes` of KV memory went from `source` to `target`, or (None) to nobody."""
+    """The answer to MoveKv: `source` has unmapped `bytes` of KV memory; 0 if it could not."""
 
     source: VariantKey
-    target: VariantKey | None
     bytes: int
 
 

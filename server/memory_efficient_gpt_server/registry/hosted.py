@@ -33,6 +33,9 @@ class LoadableEngine(ModelEngine, Protocol):
     async def wake(self) -> None:
         """Take the memory back and requests again. Raises MegptError; it is to be closed then."""
 
+    async def set_kv_limit(self, num_bytes: int) -> int:
+        """Let its KV cache have so many bytes; returns what it can hold then. Raises ModelLoadError."""
+
 
 @dataclass(frozen=True, slots=True)
 class Provision:

@@ -1,61 +1,95 @@
-"""KV memory that wanders from idle models to busy ones without a reload.
+"""KV memory that wanders from models that don't use it to busy ones without a reload.
 
 Purpose: who may have more, and who gives it.
-Does not know: how pages are mapped.
+Does not know: how pages are mapped; how much is in use.
 Invariant: bytes are booked for the taker before it may map them, and stay booked for the giver until it has
-unmapped them; a giver is idle and keeps its soft limit, a taker stays below its hard limit.
+unmapped them; a giver gives to one at a time and keeps its soft limit, a taker stays below its hard limit.
+
+    KvWanted -> MoveKv -> the source unmaps -> KvMoved -> the bytes change owner -> GrowKv of the target
+
+A model in use gives too, unless it wanted more itself of late: its worker keeps whatever is in use.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 from memory_efficient_gpt_server.registry.draft import Draft
-from memory_efficient_gpt_server.registry.effects import GrowKv, MoveKv
+from memory_efficient_gpt_server.registry.effects import GrowKv
+from memory_efficient_gpt_server.registry.kv_room import kv_bytes, room_bytes, spare_bytes
 from memory_efficient_gpt_server.registry.records import VariantRecord
 from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import Kind, VariantKey
 
+QUIET_S: Final = 2.0
+"""A model in use gives nothing to others for so long after it wanted more itself."""
+
 
 def want_kv(draft: Draft, key: VariantKey, wanted_bytes: int) -> None:
-    """Give a ready variant free bytes, then have idle models on its device give theirs.
+    """Give a ready variant free bytes, then have others on its device give theirs, idle ones first.
 
     Free bytes are for loads while any load waits.
     """
     record = draft.records.get(key)
     if record is None or record.state is not State.READY or wanted_bytes <= 0:
         return
-    hard = draft.entries[key.model_id].kv_hard_limit_bytes
-    if hard is not None:
-        wanted_bytes = min(wanted_bytes, hard - draft.kind_bytes(key, Kind.KV))
+    record = draft.put(record, kv_wanted_s=draft.now_s)
+    if record.giving is not None:
+        return
     device = record.needs.device
+    wanted_bytes = min(wanted_bytes, room_bytes(draft, record))
     free = 0 if draft.queue.groups else draft.ledger.available_bytes(device)
     taken = min(wanted_bytes, free)
     if taken > 0:
-        draft.ledger = draft.ledger.grow(key, device, Kind.KV, taken)
-        draft.effects.append(GrowKv(key, taken))
+        _grow(draft, record, taken)
         wanted_bytes -= taken
-    givers = [r for r in draft.records.values() if r.key != key and _gives(r, device)]
-    for giver in sorted(givers, key=lambda r: r.last_used_s):
-        size = min(wanted_bytes, _spare_bytes(draft, giver))
+    givers = [r for r in draft.records.values() if r.key != key and _gives(draft, r, device)]
+    for giver in sorted(givers, key=lambda r: (bool(r.leases), r.last_used_s)):
+        size = min(wanted_bytes, spare_bytes(draft, giver))
         if size > 0:
-            draft.effects.append(MoveKv(giver.key, key, size))
+            draft.give_kv(giver, key, size)
             wanted_bytes -= size
 
 
-def kv_moved(draft: Draft, source: VariantKey, target: VariantKey | None, size: int) -> None:
-    """Book what has happened. A side that was unloaded meanwhile has nothing to give or to keep."""
+def kv_moved(draft: Draft, source: VariantKey, unmapped_bytes: int) -> None:
+    """Give what `source` has unmapped to whom it was for; to nobody if that one can't take it any more.
+
+    A source that was unloaded meanwhile gives its bytes back with its process, and not twice.
+    """
     giver = draft.records.get(source)
-    given = min(size, draft.kind_bytes(source, Kind.KV))
-    if giver is not None and given > 0:
+    if giver is None or giver.giving is None:
+        return
+    gift = giver.giving
+    given = min(unmapped_bytes, kv_bytes(draft.ledger, source))
+    if given > 0:
         draft.ledger = draft.ledger.grow(source, giver.needs.device, Kind.KV, -given)
-    taker = draft.records.get(target) if target is not None else None
-    if taker is not None and taker.state in (State.READY, State.DRAINING):
-        draft.ledger = draft.ledger.grow(taker.key, taker.needs.device, Kind.KV, size)
+    floor = kv_bytes(draft.ledger, source) if given < gift.bytes else 0
+    draft.put(giver, giving=None, kv_floor_bytes=floor)
+    taker = draft.records.get(gift.target) if gift.target is not None else None
+    if taker is None or taker.state is not State.READY:
+        return
+    taken = min(given, gift.bytes, room_bytes(draft, taker))
+    if taken > 0:
+        _grow(draft, taker, taken)
 
 
-def _gives(record: VariantRecord, device: str) -> bool:
-    return record.state is State.READY and not record.leases and record.needs.device == device
+def ask_users(draft: Draft, missing: dict[str, int]) -> None:
+    """Have models in use give back what they don't use, as far as a load is `missing` bytes by device."""
+    for record in sorted(draft.records.values(), key=lambda r: r.last_used_s):
+        device = record.needs.device
+        size = min(spare_bytes(draft, record), missing.get(device, 0)) if record.leases else 0
+        if size > 0:
+            draft.give_kv(record, None, size)
+            missing[device] -= size
 
 
-def _spare_bytes(draft: Draft, giver: VariantRecord) -> int:
-    kept = draft.entries[giver.key.model_id].kv_soft_limit_bytes
-    return 0 if kept is None else draft.kind_bytes(giver.key, Kind.KV) - kept
+def _grow(draft: Draft, record: VariantRecord, size: int) -> None:
+    draft.ledger = draft.ledger.grow(record.key, record.needs.device, Kind.KV, size)
+    draft.effects.append(GrowKv(record.key, size))
+
+
+def _gives(draft: Draft, record: VariantRecord, device: str) -> bool:
+    if record.needs.device != device:
+        return False
+    wanted_s = record.kv_wanted_s
+    return not record.leases or wanted_s is None or draft.now_s - wanted_s >= QUIET_S

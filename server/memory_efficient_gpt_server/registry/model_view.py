@@ -7,10 +7,15 @@ Invariant: sizes are bytes, times seconds; what is not known is null.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from memory_efficient_gpt_server.registry.kv_room import kv_bytes
+from memory_efficient_gpt_server.registry.ledger import Ledger
 from memory_efficient_gpt_server.registry.owner import Registry
+from memory_efficient_gpt_server.registry.records import VariantRecord
+from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import Estimate, VariantKey
 
 
@@ -25,6 +30,8 @@ def model_view(registry: Registry, key: VariantKey) -> dict[str, Any]:
         "ttl_s": entry.ttl_s,
         "min_residency_s": entry.min_residency_s,
         "priority": entry.priority,
+        "kv_soft_limit_bytes": entry.kv_soft_limit_bytes,
+        "kv_hard_limit_bytes": entry.kv_hard_limit_bytes,
         "load": "start" if model.at_start and key == model.key else "on_demand",
         "any_variant": model.choices.any,
         "variants": [variant_view(registry, variant) for variant in registry.variants(model.id)],
@@ -47,13 +54,26 @@ def variant_view(registry: Registry, key: VariantKey) -> dict[str, Any]:
         "leases": 0 if record is None else len(record.leases),
         "waiting": len(registry.state.queue.of(key)),
         "estimated_bytes": None if record is None else _sizes(record.estimate),
-        "measured_bytes": None if record is None or record.measured is None else _sizes(record.measured),
+        "measured_bytes": None if record is None else _measured_sizes(registry.state.ledger, record),
+        "kv_bytes": kv_bytes(registry.state.ledger, key),
+        "kv_least_bytes": None if record is None else record.needs.kv_least_bytes,
+        "kv_most_bytes": None if record is None else record.needs.kv_most_bytes,
         "process_rss_bytes": None if pid is None else _rss_bytes(pid),
         "last_load_s": None if record is None else record.timings.load_s,
         "last_unload_s": None if record is None else record.timings.unload_s,
         "last_wake_s": None if record is None else record.timings.wake_s,
         "can_sleep": None if record is None else record.needs.can_sleep,
     }
+
+
+def _measured_sizes(ledger: Ledger, record: VariantRecord) -> dict[str, int] | None:
+    """What it took when it was last loaded; while it is loaded, with the KV memory that it has now."""
+    measured = record.measured
+    if measured is None:
+        return None
+    if record.state in (State.READY, State.DRAINING):
+        measured = replace(measured, kv_bytes=kv_bytes(ledger, record.key))
+    return _sizes(measured)
 
 
 def _sizes(estimate: Estimate) -> dict[str, int]:

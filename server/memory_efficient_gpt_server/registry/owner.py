@@ -24,6 +24,8 @@ from memory_efficient_gpt_server.registry.effects import (
     Effect,
     Finish,
     GrantLease,
+    GrowKv,
+    MoveKv,
     Refuse,
     StartLoad,
     StartSleep,
@@ -48,6 +50,7 @@ from memory_efficient_gpt_server.registry.events import (
 from memory_efficient_gpt_server.registry.happenings import happenings
 from memory_efficient_gpt_server.registry.hosted import HostedModel, LoadableEngine
 from memory_efficient_gpt_server.registry.journal import Journal
+from memory_efficient_gpt_server.registry.kv_room import kv_bytes, kv_limit_bytes
 from memory_efficient_gpt_server.registry.lease import Lease
 from memory_efficient_gpt_server.registry.ledger import Budget
 from memory_efficient_gpt_server.registry.managed_engine import ManagedEngine
@@ -363,12 +366,14 @@ class Registry:
             case StartSleep(key, reason):
                 logger.info("Putting %s to sleep (%s).", key, reason)
                 self._processes.sleep(key, reason)
-            case StartWake(key):
+            case StartWake(key, size):
                 logger.info("Waking %s.", key)
-                self._processes.wake(key)
-            case _:
-                # nobody asks for other KV sizes
-                raise AssertionError(f"workers can't do {type(effect).__name__}")
+                self._processes.wake(key, size)
+            case GrowKv(key):
+                self._processes.grow_kv(key, kv_limit_bytes(self.state, key))
+            case MoveKv(key):
+                had_bytes = kv_bytes(self.state.ledger, key)
+                self._processes.shrink_kv(key, kv_limit_bytes(self.state, key), had_bytes)
 
     async def _begin(self, operation: int, key: VariantKey, wish: AdminWish) -> Operation:
         """Post an administrator's wish and wait until it was considered; not if the same one goes on."""

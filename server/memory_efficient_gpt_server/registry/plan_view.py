@@ -24,6 +24,7 @@ def plan_view(plan: Plan) -> dict[str, Any]:
         "reservable_bytes": dict(plan.reservable),
         "evict": [str(key) for key in plan.evict],
         "sleep": [str(key) for key in plan.sleep],
+        "shrink_kv_bytes": {str(key): size for key, size in plan.shrink.items()},
         "blocked_by": [str(key) for key in plan.blocked_by],
         "eta_s": plan.eta_s,
         "alternatives": [{"variant": one.label, **plan_view(one.plan)} for one in plan.alternatives],

@@ -8,11 +8,12 @@ Invariant: a plan changes nothing; what is larger than the budget minus what can
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
+from memory_efficient_gpt_server.registry.kv_room import given_to_nobody, kept_bytes
 from memory_efficient_gpt_server.registry.records import RegistryView, VariantRecord
 from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import HOST, Amount, Estimate, Kind, VariantKey, per_device
@@ -35,6 +36,8 @@ class Verdict(StrEnum):
     NOW = "now"
     AFTER_FREEING = "after_freeing"
     """Bytes that are being freed already will do."""
+    AFTER_SHRINKING = "after_shrinking"
+    """KV memory that idle models give will do; nobody leaves."""
     AFTER_EVICTION = "after_eviction"
     BUSY = "busy"
     """It would fit, but what holds the bytes is in use, draining, loading or too young to be evicted."""
@@ -73,8 +76,9 @@ class Plan:
     """What loading would mean. Sizes in bytes.
 
     bytes: by kind. needed: by device, what has to be reserved. reservable: by device, what pins and leaks
-    leave. evict, sleep: who would go now. blocked_by: who holds bytes but can't go now (BUSY only). eta_s:
-    seconds until it could serve, from measured times where there are some; None: depends on others' requests.
+    leave. evict, sleep: who would go now. shrink: who would give how much KV memory. blocked_by: who holds
+    bytes but can't go now (BUSY only). eta_s: seconds until it could serve, from measured times where there
+    are some; None: depends on others' requests.
     """
 
     verdict: Verdict
@@ -83,6 +87,7 @@ class Plan:
     reservable: Mapping[str, int]
     evict: tuple[VariantKey, ...] = ()
     sleep: tuple[VariantKey, ...] = ()
+    shrink: Mapping[VariantKey, int] = field(default_factory=lambda: MappingProxyType({}))
     blocked_by: tuple[VariantKey, ...] = ()
     eta_s: float | None = None
     alternatives: tuple[Alternative, ...] = ()
@@ -90,7 +95,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether it can be loaded without cutting or awaiting anyone's requests."""
-        return self.verdict in (Verdict.NOW, Verdict.AFTER_FREEING, Verdict.AFTER_EVICTION)
+        return self.verdict not in (Verdict.BUSY, Verdict.NEVER)
 
 
 def plan(
@@ -102,14 +107,15 @@ def plan(
     device.
     """
     record = view.records.get(request.key)
-    estimate = request.estimate if record is None or record.measured is None else record.measured
+    estimate = _best_estimate(request, record)
     if record is not None and record.state in (State.READY, State.LOADING, State.WAKING):
         eta_s = remaining_s(view, record, now_s)
         return Plan(Verdict.NOW, estimate.by_kind(), {}, {}, eta_s=eta_s)
     needed = per_device(needed_amounts(record, estimate))
     reservable = _reservable(view, request.key, needed)
     verdict, victims = _judge(view, request.key, needed, reservable, now_s, claimed)
-    chosen = victims if verdict is Verdict.AFTER_EVICTION else _NO_VICTIMS
+    makes_room = verdict in (Verdict.AFTER_SHRINKING, Verdict.AFTER_EVICTION)
+    chosen = victims if makes_room else _NO_VICTIMS
     return Plan(
         verdict,
         estimate.by_kind(),
@@ -117,16 +123,24 @@ def plan(
         reservable,
         chosen.by(Way.EVICT),
         chosen.by(Way.SLEEP),
+        chosen.kv_bytes,
         _blockers(view, request.key, needed) if verdict is Verdict.BUSY else (),
         _eta_s(view, record, estimate, verdict, chosen, now_s),
         _alternatives(request, view, now_s, claimed),
     )
 
 
+def _best_estimate(request: LoadRequest, record: VariantRecord | None) -> Estimate:
+    if record is None or record.measured is None:
+        return request.estimate
+    return record.needs_awake_again if record.state is State.ASLEEP else record.measured
+
+
 def needed_amounts(record: VariantRecord | None, estimate: Estimate) -> tuple[Amount, ...]:
     """What a load has to reserve; less for a model that only has to wake."""
-    asleep = record is not None and record.state is State.ASLEEP
-    return estimate.to_wake() if asleep else estimate.awake()
+    if record is not None and record.state is State.ASLEEP:
+        return record.needs_awake_again.to_wake()
+    return estimate.awake()
 
 
 def missing_bytes(
@@ -142,9 +156,10 @@ def missing_bytes(
 
 
 def after_freeing(view: RegistryView, missing: Mapping[str, int]) -> dict[str, int]:
-    """What is missing even when all that is being freed is free."""
-    freeing = view.ledger.freeing
-    return {device: n - freeing[device] for device, n in missing.items() if n > freeing[device]}
+    """What is missing even when all that is being freed is free, KV memory that idle models give included."""
+    given = given_to_nobody(view) if missing else {}
+    coming = {device: view.ledger.freeing[device] + given.get(device, 0) for device in missing}
+    return {device: n - coming[device] for device, n in missing.items() if n > coming[device]}
 
 
 def after_drains(view: RegistryView, missing: Mapping[str, int]) -> dict[str, int]:
@@ -153,6 +168,8 @@ def after_drains(view: RegistryView, missing: Mapping[str, int]) -> dict[str, in
     for record in view.records.values():
         if left and record.state is State.DRAINING:
             held = held_by_device(view.ledger, record.key)
+            if record.giving is not None:  # counted already, or another model's
+                held[record.needs.device] -= record.giving.bytes
             left = {device: n - held.get(device, 0) for device, n in left.items()}
     return {device: n for device, n in left.items() if n > 0}
 
@@ -188,7 +205,9 @@ def _judge(
         return Verdict.AFTER_FREEING, _NO_VICTIMS
     room = host_room_bytes(view, needed, claimed)
     victims = choose_victims(view, missing, now_s, exclude=(key,), host_room_bytes=room)
-    return (Verdict.AFTER_EVICTION if victims.covered else Verdict.BUSY), victims
+    if not victims.covered:
+        return Verdict.BUSY, victims
+    return (Verdict.AFTER_EVICTION if victims.anyone_goes else Verdict.AFTER_SHRINKING), victims
 
 
 def host_room_bytes(view: RegistryView, needed: Mapping[str, int], claimed: Mapping[str, int]) -> int:
@@ -207,7 +226,8 @@ def _reservable(view: RegistryView, key: VariantKey, needed: Mapping[str, int]) 
         fixed = record is None or own_asleep or _stays(view, record, key)
         for e in view.ledger.of(owner):
             if e.device in left and (fixed or e.kind is Kind.LEAKED):
-                left[e.device] -= e.bytes
+                moves = record is not None and e.kind is Kind.KV
+                left[e.device] -= kept_bytes(view, record, at_best=True) if moves and record else e.bytes
     return left
 
 
@@ -245,7 +265,7 @@ def _eta_s(
         own_s = sum(amount.bytes for amount in estimate.awake()) / load_rate(view)
     else:
         own_s = wake_s(view, record) if record.state is State.ASLEEP else reload_s(view, record)
-    going = [view.records[key] for key in victims.ways]
+    going = [view.records[key] for key, way in victims.ways.items() if way is not Way.SHRINK]
     going += [r for r in view.records.values() if r.state is State.UNLOADING and verdict is not Verdict.NOW]
     room_s = max([r.timings.unload_s or view.policy.unload_s for r in going], default=0.0)
     loading = [r for r in view.records.values() if r.state in (State.LOADING, State.WAKING)]

@@ -1,6 +1,7 @@
 """The engines that run: started, watched and closed as the registry says.
 
-Purpose: turn the registry's effects into deeds of engines, and what happens to these into events.
+Purpose: turn the registry's effects into deeds of engines, limits of KV memory among them, and what happens
+to these into events.
 Does not know: who waits, what fits.
 Invariant: every load is answered by one of Loaded, LoadFailed and WorkerDied unless it is unloaded first;
 likewise every sleep by Slept or WorkerDied, every wake-up by Woke or WorkerDied; every unload by one
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from memory_efficient_gpt.errors import MegptError
 from memory_efficient_gpt_server.registry.events import (
     Event,
+    KvWanted,
     Loaded,
     LoadFailed,
     ProcessGone,
@@ -27,6 +29,8 @@ from memory_efficient_gpt_server.registry.events import (
     WorkerDied,
 )
 from memory_efficient_gpt_server.registry.hosted import LoadableEngine
+from memory_efficient_gpt_server.registry.kv_demand import wanted_kv_bytes
+from memory_efficient_gpt_server.registry.kv_moves import ANSWER_TIMEOUT_S, KvMoves
 from memory_efficient_gpt_server.registry.tally import Tally
 from memory_efficient_gpt_server.registry.variants import HOST, Estimate, VariantKey
 
@@ -35,13 +39,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Running:
-    """An engine that was started. `reserved`: what it may take. `task`: its load, sleep or wake-up under way.
-    `ready`: whether it was once, and its end would be news."""
+    """An engine that was started.
+
+    reserved: what it may take. task: its load, sleep or wake-up under way. ready: whether it was once, and
+    its end would be news. num_preemptions: its count when it was last looked at.
+    """
 
     engine: LoadableEngine
     reserved: Estimate
     task: asyncio.Task[None] | None = None
     ready: bool = False
+    num_preemptions: int = 0
 
 
 class Processes:
@@ -62,6 +70,7 @@ class Processes:
         self._ended = ended
         self._tally = tally
         self._running: dict[VariantKey, Running] = {}
+        self._kv_moves = KvMoves(post)
         self._unloads: set[asyncio.Task[None]] = set()
 
     def engine(self, key: VariantKey) -> LoadableEngine | None:
@@ -86,10 +95,10 @@ class Processes:
         running = self._running[key]
         running.task = asyncio.create_task(self._sleep(key, running), name=f"sleep {key}")
 
-    def wake(self, key: VariantKey) -> None:
-        """Wake a sleeping engine in the background."""
+    def wake(self, key: VariantKey, kv_bytes: int) -> None:
+        """Wake a sleeping engine in the background; its KV cache may have so many bytes then."""
         running = self._running[key]
-        running.task = asyncio.create_task(self._wake(key, running), name=f"wake {key}")
+        running.task = asyncio.create_task(self._wake(key, running, kv_bytes), name=f"wake {key}")
 
     def unload(self, key: VariantKey, reason: str) -> None:
         """End the engine in the background, whatever it is doing."""
@@ -101,15 +110,30 @@ class Processes:
         self._unloads.add(task)
         task.add_done_callback(self._unloads.discard)
 
+    def grow_kv(self, key: VariantKey, limit_bytes: int) -> None:
+        """Let the engine's KV cache have so many bytes; one that is gone needs none."""
+        if (engine := self.engine(key)) is not None:
+            self._kv_moves.grow(key, engine, limit_bytes)
+
+    def shrink_kv(self, key: VariantKey, limit_bytes: int, had_bytes: int) -> None:
+        """Let it have only so many of the `had_bytes`. Answered by KvMoved unless it is unloaded first."""
+        if (engine := self.engine(key)) is not None:
+            self._kv_moves.shrink(key, engine, limit_bytes, had_bytes)
+
     def watch(self) -> None:
-        """Look for engines that were ready and have given up."""
+        """Look for engines that were ready and have given up, and for those that want KV memory."""
         for key, running in self._running.items():
-            if running.ready and running.engine.state == "failed":
+            if not running.ready:
+                continue
+            if running.engine.state == "failed":
                 self._died(key, running, running.engine.reason or "it ended without a word")
+            elif (wanted := _wanted_kv_bytes(running)) > 0:
+                self._post(KvWanted(key, wanted))
 
     async def close(self, drain_s: float) -> None:
         """End all engines; all get the same `drain_s` seconds."""
         await asyncio.gather(*self._unloads, return_exceptions=True)
+        await self._kv_moves.close()
         running, self._running = self._running, {}
         for one in running.values():
             await _cancelled(one.task)
@@ -135,6 +159,7 @@ class Processes:
         self._post(Loaded(key, measured(engine, running.reserved)))
 
     async def _sleep(self, key: VariantKey, running: Running) -> None:
+        await self._kv_moves.stop(key)  # all its KV memory goes, and it is told anew what it gets on waking
         try:
             report = await running.engine.sleep()
         except Exception as error:  # noqa: BLE001 - the task's boundary: it is logged and told
@@ -145,15 +170,16 @@ class Processes:
         kept = 0 if on_host else size.context_bytes + report.device_bytes
         self._post(Slept(key, kept, None if on_host else report.parked_bytes))
 
-    async def _wake(self, key: VariantKey, running: Running) -> None:
+    async def _wake(self, key: VariantKey, running: Running, kv_bytes: int) -> None:
         began_s = time.monotonic()
         try:
+            held = await _limited_kv_bytes(running.engine, kv_bytes)  # before it can map any again
             await running.engine.wake()
         except Exception as error:  # noqa: BLE001 - as above
             self._move_failed(key, running, error, "wake")
             return
         self._tally.woke(key.model_id, time.monotonic() - began_s)
-        self._post(Woke(key, measured(running.engine, running.reserved)))
+        self._post(Woke(key, replace(measured(running.engine, running.reserved), kv_bytes=held)))
 
     def _move_failed(self, key: VariantKey, running: Running, error: Exception, what: str) -> None:
         expected = isinstance(error, MegptError)
@@ -174,6 +200,7 @@ class Processes:
     async def _unload(self, key: VariantKey, running: Running) -> None:
         running.ready = False
         await _cancelled(running.task)
+        await self._kv_moves.stop(key)
         try:
             await running.engine.close()
         except Exception:  # the task's boundary: bytes whose release is unsure stay booked
@@ -191,8 +218,31 @@ def measured(engine: LoadableEngine, reserved: Estimate) -> Estimate:
     info = engine.info
     can_sleep = reserved.can_sleep and (reserved.device != HOST or info.kv_cache_bytes > 0)
     return replace(
-        reserved, weights_bytes=info.weights_bytes, kv_bytes=info.kv_cache_bytes, can_sleep=can_sleep
+        reserved,
+        weights_bytes=info.weights_bytes,
+        kv_bytes=info.kv_cache_bytes,
+        can_sleep=can_sleep,
+        kv_least_bytes=info.kv_least_bytes,
+        kv_most_bytes=info.kv_most_bytes,
     )
+
+
+async def _limited_kv_bytes(engine: LoadableEngine, kv_bytes: int) -> int:
+    """Set what a sleeping engine's KV cache may have; returns what it can have then.
+
+    Raises MegptError, TimeoutError.
+    """
+    if engine.info is None or engine.info.kv_most_bytes is None:
+        return kv_bytes  # it keeps its size
+    async with asyncio.timeout(ANSWER_TIMEOUT_S):
+        return await engine.set_kv_limit(kv_bytes)
+
+
+def _wanted_kv_bytes(running: Running) -> int:
+    stats, before = running.engine.stats, running.num_preemptions
+    running.num_preemptions = stats.num_preemptions
+    info = running.engine.info
+    return 0 if info is None else wanted_kv_bytes(info, stats, stats.num_preemptions > before)
 
 
 async def _cancelled(task: asyncio.Task[None] | None) -> None:

@@ -94,6 +94,9 @@ def _blocked(
         case Verdict.AFTER_FREEING:
             message = "Models that leave are giving back what it needs."
             return _told("after_freeing", message, its_plan, missing)
+        case Verdict.AFTER_SHRINKING:
+            message = "Idle models are about to give KV memory for it; nobody leaves."
+            return _told("after_shrinking", message, its_plan, missing)
         case Verdict.AFTER_EVICTION if churn_s > 0:
             message = "Idle models could leave for it, but models were swapped too often of late."
             return _told("churn_limited", message, its_plan, missing, wait_s=churn_s)

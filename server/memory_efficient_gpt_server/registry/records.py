@@ -8,7 +8,7 @@ Invariant: a record without a process has no leases and no bytes but leaked ones
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -59,6 +59,14 @@ class Failure:
     retry_at_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class KvGift:
+    """KV bytes that a worker was told to unmap. target: who gets them; None: whoever reserves them next."""
+
+    target: VariantKey | None
+    bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VariantRecord:
     """One variant as the registry sees it. Times in seconds of the caller's clock.
@@ -68,7 +76,9 @@ class VariantRecord:
     became ready. strikes_s: its recent failures. failure: set while a failed process is being ended.
     drain_for: the variant it is drained in favour of. drain_deadline_s: when its leases are aborted (an
     administrator's wish). operations: administrators to be told when its process is gone. sleepers: those to
-    be told when it is asleep.
+    be told when it is asleep. giving: what it is giving away now. kv_floor_bytes: below which its KV cache
+    could not go when it was last asked and not used since; 0: not known. kv_wanted_s: when it last wanted
+    more KV memory. kv_on_waking_bytes: what its KV cache will have after its sleep; None: it never slept.
     """
 
     key: VariantKey
@@ -85,6 +95,10 @@ class VariantRecord:
     drain_deadline_s: float | None = None
     operations: tuple[int, ...] = ()
     sleepers: tuple[int, ...] = ()
+    giving: KvGift | None = None
+    kv_floor_bytes: int = 0
+    kv_wanted_s: float | None = None
+    kv_on_waking_bytes: int | None = None
 
     @property
     def state(self) -> State:
@@ -93,8 +107,14 @@ class VariantRecord:
 
     @property
     def needs(self) -> Estimate:
-        """The best knowledge of what it takes."""
+        """The best knowledge of what it takes when it is loaded."""
         return self.measured or self.estimate
+
+    @property
+    def needs_awake_again(self) -> Estimate:
+        """What it takes once it has woken: its KV cache may have another size than when it was loaded."""
+        kv_bytes = self.kv_on_waking_bytes
+        return self.needs if kv_bytes is None else replace(self.needs, kv_bytes=kv_bytes)
 
 
 class RegistryView(Protocol):
@@ -160,6 +180,8 @@ def _check_record(record: VariantRecord, ledger: Ledger) -> None:
     state, stages = record.state, {e.stage for e in ledger.of(record.key)}
     if record.leases:
         assert state in (State.READY, State.DRAINING), f"{record.key} is {state} and has leases"
+    if record.giving is not None:
+        assert state in (State.READY, State.DRAINING), f"{record.key} is {state} and gives KV bytes"
     if state not in HAS_PROCESS:
         assert stages <= {Stage.LEAKED}, f"{record.key} is {state} and has bytes: {stages}"
         return

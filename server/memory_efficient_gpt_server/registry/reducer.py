@@ -68,8 +68,8 @@ def _apply(draft: Draft, event: Event) -> None:
             _released(draft, lease, key)
         case KvWanted(key, size):
             kv_sharing.want_kv(draft, key, size)
-        case KvMoved(source, target, size):
-            kv_sharing.kv_moved(draft, source, target, size)
+        case KvMoved(source, size):
+            kv_sharing.kv_moved(draft, source, size)
         case (
             AdminLoad() | AdminUnload() | AdminSleep() | AdminWake() | Patched() | Removed() | BudgetPatched()
         ):
@@ -120,10 +120,12 @@ def _apply_news(
         case Loaded(_, measured):
             _require(record, State.LOADING, event)
             load_s = draft.now_s - record.life.since_s
+            record = draft.put(record, measured=measured)
             _arrived(draft, record, measured, replace(record.timings, load_s=load_s))
         case Woke(_, measured):
             _require(record, State.WAKING, event)
             wake_s = draft.now_s - record.life.since_s
+            record = draft.put(record, measured=_as_loaded(record, measured))
             _arrived(draft, record, measured, replace(record.timings, wake_s=wake_s))
         case Slept():
             _slept(draft, record, event)
@@ -193,7 +195,7 @@ def _released(draft: Draft, lease: int, key: VariantKey) -> None:
 def _arrived(draft: Draft, record: VariantRecord, measured: Estimate, timings: Timings) -> None:
     """A load or wake-up ended well, unless it took so much more than reserved that there is no room."""
     draft.ledger = draft.ledger.reconcile(record.key, measured.awake())
-    record = draft.put(record, measured=measured, timings=timings)
+    record = draft.put(record, timings=timings)
     if relieve(draft, drain=False):
         draft.become_ready(record)
         return
@@ -226,7 +228,12 @@ def _late_news(draft: Draft, record: VariantRecord, event: Event) -> None:
 def _measured(draft: Draft, record: VariantRecord, measured: Estimate) -> None:
     if record.state in (State.READY, State.DRAINING):
         draft.ledger = draft.ledger.reconcile(record.key, measured.awake())
-        draft.put(record, measured=measured)
+        draft.put(record, measured=_as_loaded(record, measured))
+
+
+def _as_loaded(record: VariantRecord, measured: Estimate) -> Estimate:
+    """What a later load takes: it begins with the KV memory of the first, whatever the cache has now."""
+    return replace(measured, kv_bytes=record.needs.kv_bytes)
 
 
 def _died(draft: Draft, record: VariantRecord, reason: str) -> None:

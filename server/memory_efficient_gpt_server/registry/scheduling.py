@@ -12,6 +12,7 @@ from typing import Final
 
 from memory_efficient_gpt_server.registry.draft import Draft
 from memory_efficient_gpt_server.registry.effects import AbortReason, RefusalKind, UnloadReason
+from memory_efficient_gpt_server.registry.kv_sharing import ask_users
 from memory_efficient_gpt_server.registry.load_queue import Waiter
 from memory_efficient_gpt_server.registry.planning import (
     LoadRequest,
@@ -58,9 +59,13 @@ def relieve(draft: Draft, *, drain: bool = True) -> bool:
     if not over:
         return True
     room = 0 if HOST in over else host_room_bytes(draft, {}, {})
-    victims = choose_victims(
-        draft, over, draft.now_s, host_room_bytes=room, allow_young=True, allow_busy=drain
-    )
+    victims = choose_victims(draft, over, draft.now_s, host_room_bytes=room, allow_young=True)
+    if drain and not victims.covered:
+        ask_users(draft, dict(over))
+        over = after_drains(draft, over)
+        victims = choose_victims(
+            draft, over, draft.now_s, host_room_bytes=room, allow_young=True, allow_busy=True
+        )
     if victims.covered or drain:
         _dismiss(draft, victims, UnloadReason.OVERCOMMIT, drain_for=None)
     return victims.covered
@@ -185,9 +190,12 @@ def _makes_room(draft: Draft, ahead: list[VariantKey], its_plan: Plan, claimed: 
     impatient = draft.queue.impatient(key, draft.now_s, draft.policy.patience_s)
     if its_plan.verdict is Verdict.AFTER_FREEING:
         return True
-    if its_plan.verdict is Verdict.AFTER_EVICTION:
+    if its_plan.verdict is Verdict.BUSY:
+        ask_users(draft, after_drains(draft, missing_bytes(draft, its_plan.needed, claimed)))
+    if its_plan.fits:
         ways = dict.fromkeys(its_plan.evict, Way.EVICT) | dict.fromkeys(its_plan.sleep, Way.SLEEP)
-        victims = Victims(ways, covered=True)
+        ways |= dict.fromkeys(its_plan.shrink, Way.SHRINK)
+        victims = Victims(ways, True, its_plan.shrink)
     elif impatient:
         missing = after_drains(draft, missing_bytes(draft, its_plan.needed, claimed))
         if not missing:
@@ -195,7 +203,7 @@ def _makes_room(draft: Draft, ahead: list[VariantKey], its_plan: Plan, claimed: 
         victims = choose_victims(draft, missing, draft.now_s, exclude=ahead, allow_busy=True)
     else:
         return False
-    swaps = any(draft.records[victim].state is State.READY for victim in victims.ways)
+    swaps = any(_is_swap(draft, key, way) for key, way in victims.ways.items())
     if not victims.covered or (swaps and churn_wait_s(draft, draft.now_s) > 0):
         return impatient
     _dismiss(draft, victims, UnloadReason.BUDGET, drain_for=key)
@@ -208,12 +216,19 @@ def churn_wait_s(view: RegistryView, now_s: float) -> float:
     return view.churn.wait_s(now_s) if in_use else 0.0
 
 
+def _is_swap(draft: Draft, key: VariantKey, way: Way) -> bool:
+    """Whether a model goes that was ready to serve."""
+    return way is not Way.SHRINK and draft.records[key].state is State.READY
+
+
 def _dismiss(draft: Draft, victims: Victims, reason: UnloadReason, drain_for: VariantKey | None) -> None:
     swaps = 0
     for key, way in victims.ways.items():
         record = draft.records[key]
-        swaps += record.state is State.READY
+        swaps += _is_swap(draft, key, way)
         match way:
+            case Way.SHRINK:
+                draft.give_kv(record, None, victims.kv_bytes[key])
             case Way.EVICT:
                 draft.unload(record, reason)
             case Way.SLEEP:

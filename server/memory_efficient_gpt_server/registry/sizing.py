@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from memory_efficient_gpt.config import EngineConfig
+from memory_efficient_gpt.errors import ConfigError
 from memory_efficient_gpt.hardware import resolve_device
 from memory_efficient_gpt.memory.estimation import estimate
 from memory_efficient_gpt.memory.figures import MemoryEstimate
@@ -26,7 +27,7 @@ UNQUANTIZED: Final = "bf16"
 """The name of the scheme that stores weights as they are, whatever their type."""
 
 KV_SHARE: Final = 0.25
-"""Most of the budget that an automatic KV cache takes."""
+"""Most of the budget that an automatic KV cache begins with."""
 
 _NO_LIMIT: Final = 1 << 62
 
@@ -36,22 +37,51 @@ def compute_device(config: EngineConfig) -> str:
     return str(resolve_device(config.device))
 
 
-def sized(config: EngineConfig, budget_bytes: int) -> tuple[EngineConfig, Estimate]:
-    """The config with a KV cache of fixed size, and what it takes. Raises MegptError, as loading would."""
+class KvLimits(NamedTuple):
+    """What an operator said of a model's KV cache, in bytes; None: nothing."""
+
+    soft_bytes: int | None = None
+    hard_bytes: int | None = None
+
+
+NO_LIMITS: Final = KvLimits()
+
+
+def sized(
+    config: EngineConfig, budget_bytes: int, limits: KvLimits = NO_LIMITS
+) -> tuple[EngineConfig, Estimate]:
+    """The config with a KV cache of known size and room to grow, and what it takes at first.
+
+    An automatic cache begins with its soft limit, or its share of the budget; it may grow to what
+    `max_num_seqs` requests of full length fill, within its hard limit and the budget. One of a given size
+    grows only if there is a hard limit. Raises MegptError, as loading would.
+    """
     predicted = estimate(config, free_bytes=_NO_LIMIT)
+    most = min(limits.hard_bytes or budget_bytes, budget_bytes)
     if config.kv_cache_bytes is None and config.num_kv_blocks is None and predicted.kv_cache_bytes:
-        most = int(budget_bytes * KV_SHARE)
-        config = replace(config, kv_cache_bytes=min(predicted.kv_cache_bytes, most))
-        if predicted.kv_cache_bytes > most:
+        most = min(most, predicted.kv_cache_bytes)
+        first = min(_first_bytes(predicted, budget_bytes, limits.soft_bytes), most)
+        config = replace(config, kv_cache_bytes=first)
+        if predicted.kv_cache_bytes > first:
             predicted = estimate(config)
-    return config, registry_estimate(predicted)
+    elif limits.hard_bytes is None:
+        most = predicted.kv_cache_bytes
+    if limits.hard_bytes is not None and predicted.kv_cache_bytes > limits.hard_bytes:
+        raise ConfigError(
+            [f"the KV cache of {config.model} begins with {predicted.kv_cache_bytes:,} bytes; its "
+             f"kv_hard_limit_bytes is {limits.hard_bytes:,}. Raise that, or make the cache smaller."]
+        )  # fmt: skip
+    most = max(most, predicted.kv_cache_bytes)
+    config = replace(config, kv_reserve_bytes=most or None)
+    return config, registry_estimate(predicted, most)
 
 
-def registry_estimate(predicted: MemoryEstimate) -> Estimate:
+def registry_estimate(predicted: MemoryEstimate, kv_most_bytes: int) -> Estimate:
     """The engine's estimate as the registry books it, with what would stay of it in a sleep.
 
     On another device than the host a sleeping process keeps its context; weights go to host memory. On the
-    host only the KV cache is given back, and only Linux takes pages back.
+    host only the KV cache is given back, and only Linux takes pages back. kv_most_bytes: what the KV cache
+    may grow to, where it can.
     """
     if predicted.device == HOST:
         can_sleep = predicted.kv_cache_bytes > 0 and sys.platform == "linux"
@@ -59,6 +89,7 @@ def registry_estimate(predicted: MemoryEstimate) -> Estimate:
     else:
         can_sleep, host_bytes = True, WORKER_BYTES
         context_bytes = min(predicted.workspace_bytes, CUDA_CONTEXT_BYTES)
+    moves = predicted.kv_can_move
     return Estimate(
         device=predicted.device,
         weights_bytes=predicted.weights_bytes,
@@ -67,6 +98,8 @@ def registry_estimate(predicted: MemoryEstimate) -> Estimate:
         context_bytes=context_bytes,
         host_bytes=host_bytes,
         can_sleep=can_sleep,
+        kv_least_bytes=min(predicted.kv_context_bytes, predicted.kv_cache_bytes) if moves else None,
+        kv_most_bytes=kv_most_bytes if moves else None,
     )
 
 
@@ -74,3 +107,9 @@ def facts_of_config(config: EngineConfig) -> Facts:
     """How the model would be served. Raises MegptError, as loading would."""
     predicted = estimate(config, free_bytes=_NO_LIMIT)
     return Facts(predicted.quantization or UNQUANTIZED, predicted.kv_cache_dtype)
+
+
+def _first_bytes(predicted: MemoryEstimate, budget_bytes: int, soft_bytes: int | None) -> int:
+    """Of an automatic cache. A small soft limit does not shorten requests more than the share would."""
+    share = min(predicted.kv_cache_bytes, int(budget_bytes * KV_SHARE))
+    return share if soft_bytes is None else max(soft_bytes, min(predicted.kv_context_bytes, share))

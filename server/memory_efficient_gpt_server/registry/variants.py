@@ -88,8 +88,8 @@ class ModelEntry:
     source: bundled name, checkpoint folder or hub id. defaults: sampling fields of requests that leave them
     out. pinned: never evicted (see `pins`). ttl_s: idle seconds after which it is unloaded; None: never.
     min_residency_s: seconds after becoming ready in which it is not evicted. priority: greater loads first
-    and is evicted last. kv_soft_limit_bytes: KV bytes that it keeps when others want some (None: all it has);
-    kv_hard_limit_bytes: most KV bytes it may grow to (None: no limit of its own).
+    and is evicted last. kv_soft_limit_bytes: KV bytes that it keeps when others want some (None: what it was
+    loaded with); kv_hard_limit_bytes: most KV bytes it may grow to (None: no limit of its own).
     """
 
     id: str
@@ -124,7 +124,8 @@ class Estimate:
     device: where the model computes. context_bytes: what its process keeps on the device as long as it
     lives. host_bytes: host memory of the process itself. can_sleep: whether it can give back most of that
     without ending. On a device that is not the host its weights are parked in host memory, which frees
-    everything on the device but the context; on the host itself only the KV cache is freed.
+    everything on the device but the context; on the host itself only the KV cache is freed. kv_least_bytes,
+    kv_most_bytes: between which its KV cache can be moved while it is loaded; None: it keeps its size.
     """
 
     device: str
@@ -135,15 +136,19 @@ class Estimate:
     context_bytes: int = 0
     host_bytes: int = 0
     can_sleep: bool = False
+    kv_least_bytes: int | None = None
+    kv_most_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for negative bytes, or a sleep that would free nothing."""
+        """Raises ValueError for negative bytes, a sleep that would free nothing, or half a range."""
         if min(amount.bytes for amount in self._all()) < 0:
             raise ValueError("an estimate's bytes must not be negative")
-        if self.can_sleep and self.device == HOST and not self.kv_bytes:
+        if self.can_sleep and self.device == HOST and not (self.kv_bytes or self.kv_most_bytes):
             raise ValueError(
                 "weights in host memory cannot be parked there, and there is no KV cache to free"
             )
+        if (self.kv_least_bytes is None) is not (self.kv_most_bytes is None):
+            raise ValueError("a KV cache that can be moved has both a least and a most size")
 
     def awake(self) -> tuple[Amount, ...]:
         """Everything held while it is loaded and ready."""

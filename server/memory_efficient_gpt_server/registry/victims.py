@@ -1,17 +1,20 @@
-"""Whom to evict, to put to sleep or to drain when a device has too few free bytes.
+"""Who gives KV memory, and whom to evict, to put to sleep or to drain, when a device has too few free bytes.
 
 Purpose: the choice of victims, pure.
 Does not know: who needs the bytes; how a victim is ended.
-Invariant: a victim is unpinned; one in use is only ever drained, and only if the caller allows it.
+Invariant: nobody goes while KV memory that idle models have to spare is enough. A victim is unpinned; one in
+use is only ever drained, and only if the caller allows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Final
 
+from memory_efficient_gpt_server.registry.kv_room import spare_bytes
 from memory_efficient_gpt_server.registry.ledger import Ledger, Stage
 from memory_efficient_gpt_server.registry.records import RegistryView, VariantRecord
 from memory_efficient_gpt_server.registry.states import State
@@ -23,6 +26,8 @@ LEAST_RELOAD_S: Final = 0.05
 class Way(StrEnum):
     """How a victim gives its bytes back."""
 
+    SHRINK = "shrink"
+    """It stays, and gives KV memory that it does not use."""
     EVICT = "evict"
     SLEEP = "sleep"
     DRAIN = "drain"
@@ -30,10 +35,16 @@ class Way(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Victims:
-    """The chosen ones. `covered`: whether their bytes are enough."""
+    """The chosen ones. covered: whether their bytes are enough. kv_bytes: what those that shrink give."""
 
     ways: Mapping[VariantKey, Way]
     covered: bool
+    kv_bytes: Mapping[VariantKey, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def anyone_goes(self) -> bool:
+        """Whether they include more than KV memory."""
+        return any(way is not Way.SHRINK for way in self.ways.values())
 
     def by(self, way: Way) -> tuple[VariantKey, ...]:
         """Those that go this way, the most willing first."""
@@ -52,7 +63,8 @@ def choose_victims(
 ) -> Victims:
     """The fewest good victims that give back `deficits` (bytes by device, all positive).
 
-    Those of lower priority go first. Among equals the score decides: idle seconds / reload seconds x the
+    KV memory that idle models have to spare is taken first, also of pinned and of young ones. Of those that
+    go, those of lower priority go first. Among equals the score decides: idle seconds / reload seconds x the
     bytes that help. It is least recently used, corrected for what getting the model back costs and for how
     far it helps: a model idle for twice as long goes first, unless it takes more than twice as long to reload
     or frees less than half as much of what is missing. Who can be parked in `host_room_bytes` of host
@@ -65,13 +77,24 @@ def choose_victims(
         for record in view.records.values()
         if record.key not in exclude and _may_go(view, record, now_s, allow_young, allow_busy)
     ]
-    if not candidates:
-        return Victims({}, covered=False)
     ranked = sorted(candidates, key=lambda record: _rank(view, record, deficits, now_s))
-    chosen = _cover(view.ledger, ranked, deficits, 0 if HOST in deficits else host_room_bytes)
+    spare = _spare(view, deficits, exclude)
+    chosen = _cover(view.ledger, spare, ranked, deficits, 0 if HOST in deficits else host_room_bytes)
     if not chosen.covered and chosen.by(Way.SLEEP):
-        return _cover(view.ledger, ranked, deficits, None)
+        return _cover(view.ledger, spare, ranked, deficits, None)
     return chosen
+
+
+def _spare(
+    view: RegistryView, deficits: Mapping[str, int], exclude: Collection[VariantKey]
+) -> dict[VariantKey, tuple[str, int]]:
+    """KV memory to spare of idle models, (device, bytes) each, the least recently used first."""
+    idle = [
+        r for r in view.records.values()
+        if not r.leases and r.needs.device in deficits and r.key not in exclude
+    ]  # fmt: skip
+    sizes = [(r, spare_bytes(view, r)) for r in sorted(idle, key=lambda r: r.last_used_s)]
+    return {r.key: (r.needs.device, size) for r, size in sizes if size > 0}
 
 
 def load_rate(view: RegistryView) -> float:
@@ -126,47 +149,91 @@ def _rank(
 
 
 def _cover(
-    ledger: Ledger, ranked: list[VariantRecord], deficits: Mapping[str, int], host_room_bytes: int | None
+    ledger: Ledger,
+    spare: Mapping[VariantKey, tuple[str, int]],
+    ranked: list[VariantRecord],
+    deficits: Mapping[str, int],
+    host_room_bytes: int | None,
 ) -> Victims:
     """host_room_bytes: for parked weights; None: nobody sleeps."""
     ways: dict[VariantKey, Way] = {}
     frees: dict[VariantKey, dict[str, int]] = {}
     missing = dict(deficits)
+    for key, (device, size) in spare.items():
+        if missing[device] > 0:
+            ways[key], frees[key] = Way.SHRINK, {device: size}
+            missing[device] -= size
     for record in ranked:
         if all(n <= 0 for n in missing.values()):
             break
-        way, freed = _way_of(ledger, record, missing, host_room_bytes)
-        if not _helps(freed, missing):
+        given = frees.get(record.key, {})
+        way, freed = _way_of(ledger, record, missing, given, host_room_bytes)
+        more = _beyond(freed, given)
+        if not _helps(more, missing):
             continue
         if way is Way.SLEEP and host_room_bytes is not None:
             host_room_bytes -= record.needs.parked_bytes
+        ways.pop(record.key, None)
         ways[record.key], frees[record.key] = way, freed
-        missing = {device: n - freed.get(device, 0) for device, n in missing.items()}
+        missing = {device: n - more.get(device, 0) for device, n in missing.items()}
     if any(n > 0 for n in missing.values()):
-        return Victims(ways, covered=False)
+        return Victims(ways, False, _sizes(ways, frees, {}))
     for key in list(reversed(ways)):  # the last one may have made an earlier, smaller one unnecessary
-        spare = {device: n + frees[key].get(device, 0) for device, n in missing.items()}
-        if all(n <= 0 for n in spare.values()):
+        left = {device: n + frees[key].get(device, 0) for device, n in missing.items()}
+        if all(n <= 0 for n in left.values()):
             del ways[key]
-            missing = spare
-    return Victims(ways, covered=True)
+            missing = left
+    return Victims(ways, True, _sizes(ways, frees, missing))
+
+
+def _sizes(
+    ways: Mapping[VariantKey, Way], frees: Mapping[VariantKey, Mapping[str, int]], missing: Mapping[str, int]
+) -> dict[VariantKey, int]:
+    """What each that shrinks gives: all it can, but no more than what is missing (negative: too much)."""
+    too_much = {device: max(0, -n) for device, n in missing.items()}
+    sizes = {}
+    for key, way in ways.items():
+        if way is Way.SHRINK:
+            ((device, size),) = frees[key].items()
+            cut = min(size - 1, too_much.get(device, 0))
+            too_much[device] = too_much.get(device, 0) - cut
+            sizes[key] = size - cut
+    return sizes
 
 
 def _helps(freed: Mapping[str, int], missing: Mapping[str, int]) -> bool:
-    return any(n > 0 and freed.get(device, 0) for device, n in missing.items())
+    return any(n > 0 and freed.get(device, 0) > 0 for device, n in missing.items())
+
+
+def _beyond(freed: Mapping[str, int], given: Mapping[str, int]) -> dict[str, int]:
+    """What going frees that shrinking (`given`) would not."""
+    return {device: n - given.get(device, 0) for device, n in freed.items()}
 
 
 def _way_of(
-    ledger: Ledger, record: VariantRecord, missing: Mapping[str, int], host_room_bytes: int | None
+    ledger: Ledger,
+    record: VariantRecord,
+    missing: Mapping[str, int],
+    given: Mapping[str, int],
+    host_room_bytes: int | None,
 ) -> tuple[Way, dict[str, int]]:
-    """How the victim would go, and the bytes that frees by device."""
+    """How the victim would go, and the bytes that frees by device. given: what it gives without going."""
+    way, freed = Way.EVICT, held_by_device(ledger, record.key)
     if record.leases:
-        return Way.DRAIN, held_by_device(ledger, record.key)
-    if record.state is State.READY and host_room_bytes is not None and can_park(record, host_room_bytes):
-        freed = sum([e.bytes for e in ledger.of(record.key) if e.kind in record.needs.freed_by_sleep])
-        if _helps({record.needs.device: freed}, missing):
-            return Way.SLEEP, {record.needs.device: freed}
-    return Way.EVICT, held_by_device(ledger, record.key)
+        way = Way.DRAIN
+    elif record.state is State.READY and host_room_bytes is not None and can_park(record, host_room_bytes):
+        kinds = [e.bytes for e in ledger.of(record.key) if e.kind in record.needs.freed_by_sleep]
+        asleep = _without_gift(record, {record.needs.device: sum(kinds)})
+        if _helps(_beyond(asleep, given), missing):
+            return Way.SLEEP, asleep
+    return way, _without_gift(record, freed)
+
+
+def _without_gift(record: VariantRecord, freed: dict[str, int]) -> dict[str, int]:
+    """But for what it is giving to nobody: that comes anyway."""
+    if record.giving is not None and record.giving.target is None:
+        freed[record.needs.device] -= record.giving.bytes
+    return freed
 
 
 def can_park(record: VariantRecord, host_room_bytes: int) -> bool:

@@ -16,10 +16,13 @@ from memory_efficient_gpt_server.registry.effects import (
     Effect,
     Finish,
     GrantLease,
+    GrowKv,
+    MoveKv,
     Refuse,
     StartLoad,
     StartSleep,
     StartUnload,
+    StartWake,
     UnloadReason,
 )
 from memory_efficient_gpt_server.registry.events import (
@@ -28,6 +31,7 @@ from memory_efficient_gpt_server.registry.events import (
     BudgetPatched,
     Event,
     KvMoved,
+    KvWanted,
     LeaseReleased,
     Left,
     Loaded,
@@ -39,6 +43,7 @@ from memory_efficient_gpt_server.registry.events import (
     Woke,
     WorkerDied,
 )
+from memory_efficient_gpt_server.registry.kv_room import kv_bytes, spare_bytes
 from memory_efficient_gpt_server.registry.ledger import Stage
 from memory_efficient_gpt_server.registry.records import RegistryState
 from memory_efficient_gpt_server.registry.states import State
@@ -105,10 +110,14 @@ class Auditor:
                 self._check_abort(key, reason, event, old, now_s)
             case StartUnload(key, reason) | StartSleep(key, reason):
                 self._check_dismissal(key, reason, old, new, now_s)
+            case StartWake(key, size):
+                self._check_waking(key, size, new)
+            case GrowKv(key, _):
+                self._check_growth(key, event, new)
+            case MoveKv(source, _, size):
+                self._check_gift(source, size, event, old, new)
             case StartLoad(key, _):
                 assert any(k == key for k, _ in self.waiting.values()), f"{key} is loaded for nobody"
-            case _:
-                pass
         self.counts[type(effect).__name__] += 1
 
     def after(self, event: Event, old: RegistryState, new: RegistryState, now_s: float) -> None:
@@ -137,7 +146,9 @@ class Auditor:
         for record in state.records.values():
             entry = state.entries[record.key.model_id]
             young = now_s - record.resident_since_s < entry.min_residency_s
-            if record.state in BUSY_STATES or (record.state is State.READY and young):
+            if record.giving is not None or record.state in BUSY_STATES:
+                return
+            if record.state is State.READY and young:
                 return
         raise AssertionError(f"nothing moves and yet {list(map(str, state.queue.groups))} wait")
 
@@ -204,6 +215,48 @@ class Auditor:
         if reason is UnloadReason.BUDGET and old.records[key].state not in (State.SLEEPING, State.ASLEEP):
             resident_s = now_s - self.ready_s[key]
             assert resident_s >= entry.min_residency_s, f"{key} was evicted after {resident_s} s"
+        if reason is UnloadReason.BUDGET and old.records[key].state is State.READY:
+            self._check_spared(key, old, new)
+
+    def _check_growth(self, key: VariantKey, event: Event, new: RegistryState) -> None:
+        """Nobody grows beyond its limits, nor takes what a load waits for."""
+        record, hard = new.records[key], new.entries[key.model_id].kv_hard_limit_bytes
+        most = record.needs.kv_most_bytes
+        assert most is not None, f"{key} can't grow"
+        assert kv_bytes(new.ledger, key) <= min(most, most if hard is None else hard), f"{key} grew too far"
+        if isinstance(event, KvWanted):
+            assert not new.queue.groups, f"{key} took free bytes while a load waits"
+        self.counts["grown by another's bytes"] += isinstance(event, KvMoved)
+
+    def _check_waking(self, key: VariantKey, size: int, new: RegistryState) -> None:
+        """Nobody wakes with KV memory that was not booked, or more than a load takes and it keeps."""
+        needs, soft = new.records[key].needs, new.entries[key.model_id].kv_soft_limit_bytes
+        assert kv_bytes(new.ledger, key) == size, f"{key} wakes with {size} KV bytes that are not booked"
+        if needs.kv_least_bytes is not None:
+            self.counts["woke with less KV than loaded"] += size < needs.kv_bytes
+            assert size <= max(needs.kv_bytes, needs.kv_least_bytes, soft or 0), f"{key} wakes with {size}"
+
+    def _check_gift(
+        self, source: VariantKey, size: int, event: Event, old: RegistryState, new: RegistryState
+    ) -> None:
+        """A giver keeps its soft limit, and gives to one at a time."""
+        record, before = new.records[source], old.records[source]
+        needs, soft = record.needs, new.entries[source.model_id].kv_soft_limit_bytes
+        assert needs.kv_least_bytes is not None, f"{source} can't give"
+        kept = max(needs.kv_least_bytes, needs.kv_bytes if soft is None else soft)
+        assert size > 0 and kv_bytes(new.ledger, source) - size >= kept, f"{source} must keep {kept}"
+        answered = isinstance(event, KvMoved) and event.source == source
+        assert before.giving is None or answered, f"{source} gives twice at a time"
+        self.counts["gave KV in use"] += bool(record.leases)
+
+    def _check_spared(self, key: VariantKey, old: RegistryState, new: RegistryState) -> None:
+        """Nobody was evicted while idle models could give as many KV bytes as that frees."""
+        spare: Counter[str] = Counter()
+        for record in new.records.values():
+            if not record.leases:
+                spare[record.needs.device] += spare_bytes(new, record)
+        held = {d: old.ledger.held_bytes(key, d) for d in new.ledger.budgets}
+        assert any(size > spare[d] for d, size in held.items()), f"{key} left though {spare} could be given"
 
     def _check_drains(self, old: RegistryState, new: RegistryState, now_s: float) -> None:
         """Models in use are drained for others only after patience, and are cut when a deadline says so."""

@@ -30,7 +30,12 @@ FACTS = Facts("bf16", INFO.kv_cache_dtype)
 
 
 class FakeEngine(ScriptedEngine):
-    """A scripted engine with a load and an end. weights_bytes: what it says it takes once it is ready."""
+    """A scripted engine with a load and an end. weights_bytes: what it says it takes once it is ready.
+
+    kv: bytes of a KV cache that can be moved, and most of them; those in `kv_in_use` it keeps. kv_limits: all
+    that it was told; told: these and its sleeps in their order. It sleeps, wakes and answers to limits once
+    `may_move` is set.
+    """
 
     def __init__(
         self,
@@ -39,6 +44,7 @@ class FakeEngine(ScriptedEngine):
         held: bool = False,
         fails: str | None = None,
         facts: Facts = FACTS,
+        kv: tuple[int, int] | None = None,
     ) -> None:
         super().__init__([5, 6, 7], state="loading", info=None, reason="not started")
         self.pid: int | None = None
@@ -51,6 +57,10 @@ class FakeEngine(ScriptedEngine):
         self.fails = fails
         self._weights_bytes = weights_bytes
         self._facts = facts
+        self._kv = kv
+        self.kv_in_use = 0
+        self.kv_limits: list[int] = []
+        self.told: list[int | str] = []
         if not held:
             self.may_load.set()
 
@@ -71,16 +81,23 @@ class FakeEngine(ScriptedEngine):
             quantization=None if self._facts.quantization == "bf16" else self._facts.quantization,
             kv_cache_dtype=self._facts.kv_cache_dtype,
         )
+        if self._kv is not None:
+            first, most = self._kv
+            self.info = replace(
+                self.info, kv_cache_bytes=first, num_kv_blocks=first - 1, kv_least_bytes=0, kv_most_bytes=most
+            )
         self.state, self.reason = "ready", None
 
     async def sleep(self) -> SleepReport:
         assert self.state == "ready" and self.num_running == 0, "put to sleep at work"
         self.state = "asleep"
+        self.told.append("sleep")
         await self._move()
         return SleepReport(parked_bytes=self._weights_bytes, device_bytes=3, kv_bytes=1)
 
     async def wake(self) -> None:
         assert self.state == "asleep"
+        self.told.append("wake")
         await self._move()
         self.state = "ready"
 
@@ -89,6 +106,14 @@ class FakeEngine(ScriptedEngine):
         if self.fails is not None:
             self.state, self.reason = "failed", self.fails
             raise EngineFailedError(self.fails)
+
+    async def set_kv_limit(self, num_bytes: int) -> int:
+        self.kv_limits.append(num_bytes)
+        self.told.append(num_bytes)
+        await self.may_move.wait()
+        if self.closed:
+            raise ModelLoadError("it is closed.")
+        return max(self.kv_in_use, num_bytes)
 
     async def close(self, drain_s: float = 0.0) -> None:
         await self.may_close.wait()
@@ -102,8 +127,8 @@ class FakeHost:
     All of these go by a model's id, or by a variant's name. held: loads wait for `finish`. broken:
     checkpoints that can't be looked at. impossible: variants that can't be had, and why. choices: what
     requests may choose, and facts: how it is served, both by model id. A variant has the size of its model
-    unless `sizes` says otherwise. host_budget: the device is a GPU then, whose models can sleep in so much
-    host memory.
+    unless `sizes` says otherwise. kv: as FakeEngine's, by model id, and sleepy: which of those models can
+    give it back asleep. host_budget: the device is a GPU then, whose models can sleep in so much host memory.
     """
 
     def __init__(
@@ -118,6 +143,8 @@ class FakeHost:
         self.held: set[str] = set()
         self.fails: dict[str, str] = {}
         self.broken: set[str] = set()
+        self.kv: dict[str, tuple[int, int]] = {}
+        self.sleepy: set[str] = set()
         self.sizes = {"A": 60, "B": 60, "C": 60} | (sizes or {})
         self.impossible: dict[str, str] = {}
         self.facts: dict[str, Facts] = {}
@@ -164,8 +191,14 @@ class FakeHost:
             raise CheckpointError("weights.safetensors is truncated. Download it again.")
         if name in self.impossible:
             raise ConfigError([self.impossible[name]])
+        first, most = self.kv.get(key.model_id, (0, None))
         estimate = Estimate(
-            device=self._device, weights_bytes=self._size(key), can_sleep=self._device != HOST
+            device=self._device,
+            weights_bytes=self._size(key),
+            kv_bytes=first,
+            kv_least_bytes=None if most is None else 0,
+            kv_most_bytes=most,
+            can_sleep=self._device != HOST or key.model_id in self.sleepy,
         )
         return Provision(estimate, lambda: self._make(key), self._served(key))
 
@@ -176,9 +209,14 @@ class FakeHost:
         return self.sizes.get(str(key), self.sizes[key.model_id])
 
     def _make(self, key: VariantKey) -> FakeEngine:
-        name, facts = str(key), self._served(key)
-        fails = self.fails.get(name)
-        engine = FakeEngine(self._size(key), held=name in self.held, fails=fails, facts=facts)
+        name = str(key)
+        engine = FakeEngine(
+            self._size(key),
+            held=name in self.held,
+            fails=self.fails.get(name),
+            facts=self._served(key),
+            kv=self.kv.get(key.model_id),
+        )
         self.engines[name].append(engine)
         return engine
 

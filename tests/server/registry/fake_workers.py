@@ -47,11 +47,15 @@ News: TypeAlias = Callable[[], Event | None]
 
 @dataclass(slots=True)
 class FakeWorker:
-    """One process. phase: loading, ready, sleeping, asleep, waking or ending; held: bytes by device."""
+    """One process. phase: loading, ready, sleeping, asleep, waking or ending; held: bytes by device.
+
+    num_sleeps: how often it was put to sleep.
+    """
 
     phase: str
     held: dict[str, int]
     kv_bytes: int = 0
+    num_sleeps: int = 0
 
 
 @dataclass(slots=True)
@@ -94,15 +98,16 @@ class FakeWorkers:
                 self._unload(key)
             case StartSleep(key, _):
                 self._sleep(key)
-            case StartWake(key):
-                self._wake(key)
+            case StartWake(key, kv_bytes):
+                self._wake(key, kv_bytes)
             case GrowKv(key, size):
                 worker = self._in_phase(key, "ready")
                 worker.kv_bytes += size
                 worker.held[self.natures[key].size.device] += size
-            case MoveKv(source, target, size):
-                self._in_phase(source, "ready")
-                self.later(self.rng.uniform(0.05, 2.0), lambda: self._moved(source, target, size))
+            case MoveKv(source, _, size):
+                worker = self._in_phase(source, "ready")
+                slept = worker.num_sleeps
+                self.later(self.rng.uniform(0.05, 2.0), lambda: self._moved(source, worker, size, slept))
             case _:
                 raise AssertionError(f"{effect} is nothing for a worker")
 
@@ -147,9 +152,12 @@ class FakeWorkers:
             self.later(self.rng.uniform(0, 30), self._while(key, worker, lambda: WorkerDied(key, "segfault")))
         return Loaded(key, measured)
 
-    def _become_ready(self, key: VariantKey, worker: FakeWorker) -> Estimate:
+    def _become_ready(self, key: VariantKey, worker: FakeWorker, kv_bytes: int | None = None) -> Estimate:
+        """kv_bytes: of its KV cache; None: as it is loaded."""
         nature = self.natures[key]
         measured = nature.size
+        if kv_bytes is not None:
+            measured = replace(measured, kv_bytes=kv_bytes)
         if self.rng.random() < nature.swells:
             measured = replace(measured, workspace_bytes=measured.workspace_bytes + self.rng.randint(1, 40))
         if worker.phase != "ending":
@@ -176,7 +184,7 @@ class FakeWorkers:
 
     def _sleep(self, key: VariantKey) -> None:
         worker, size = self._in_phase(key, "ready"), self.natures[key].size
-        worker.phase = "sleeping"
+        worker.phase, worker.num_sleeps = "sleeping", worker.num_sleeps + 1
         on_host = size.device == HOST
         parked = 0 if on_host else size.weights_bytes
         worker.held[HOST] = worker.held.get(HOST, 0) + parked
@@ -194,29 +202,29 @@ class FakeWorkers:
 
         self._finish_copy(key, worker, slept)
 
-    def _wake(self, key: VariantKey) -> None:
+    def _wake(self, key: VariantKey, kv_bytes: int) -> None:
         worker = self._in_phase(key, "asleep")
         worker.phase = "waking"
-        self._finish_copy(key, worker, lambda: Woke(key, self._become_ready(key, worker)))
+        self._finish_copy(key, worker, lambda: Woke(key, self._become_ready(key, worker, kv_bytes)))
 
     def _finish_copy(self, key: VariantKey, worker: FakeWorker, done: News) -> None:
         if self.rng.random() < self.natures[key].crashes:
             done = partial(WorkerDied, key, "died while copying")
         self.later(self.rng.uniform(0.01, LONGEST_COPY_S), self._while(key, worker, done))
 
-    def _moved(self, source: VariantKey, target: VariantKey, size: int) -> Event | None:
-        giver, taker = self.workers.get(source), self.workers.get(target)
-        if giver is None or giver.phase != "ready":
+    def _moved(self, source: VariantKey, giver: FakeWorker, size: int, num_sleeps: int) -> Event | None:
+        """It unmaps, sometimes less than it was told to. One that is being ended or put to sleep may or may
+        not tell; nobody listens to one that was asleep since."""
+        falls_asleep = giver.phase == "sleeping" and giver.num_sleeps == num_sleeps + 1
+        awake = giver.phase in ("ready", "ending") and giver.num_sleeps == num_sleeps
+        if self.workers.get(source) is not giver or not (awake or falls_asleep):
             return None
+        if self.rng.random() < 0.2:
+            size = self.rng.randint(0, size)
         moved = min(size, giver.kv_bytes)
-        device = self.natures[source].size.device
         giver.kv_bytes -= moved
-        giver.held[device] -= moved
-        if taker is None or taker.phase != "ready":
-            return KvMoved(source, None, moved)
-        taker.kv_bytes += moved
-        taker.held[device] += moved
-        return KvMoved(source, target, moved)
+        giver.held[self.natures[source].size.device] -= moved
+        return None if giver.phase != "ready" and self.rng.random() < 0.5 else KvMoved(source, moved)
 
     def _while(self, key: VariantKey, worker: FakeWorker, news: News) -> News:
         """News that a process that is being ended sends only now and then, and one that is gone never."""

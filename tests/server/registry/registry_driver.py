@@ -34,6 +34,11 @@ A, B, C = (VariantKey(model_id) for model_id in "ABC")
 E = TypeVar("E")
 
 
+def elastic(weights_bytes: int = 60, **fields: Any) -> Estimate:
+    """As `size`, with a KV cache that can be moved."""
+    return size(weights_bytes, **{"kv_least_bytes": 0, "kv_most_bytes": 1000, **fields})
+
+
 def size(weights_bytes: int = 60, **fields: Any) -> Estimate:
     """An estimate on the GPU."""
     return Estimate(**{"device": GPU, "weights_bytes": weights_bytes, **fields})

@@ -165,6 +165,8 @@ class Simulation:
         for _ in range(rng.randint(0, 9)):
             key = rng.choice(keys)
             self._later(rng.uniform(0, length_s), partial(self._wish, key))
+        for _ in range(rng.choice((0, 0, 5, 20))):
+            self._later(rng.uniform(0, length_s), partial(KvWanted, rng.choice(keys), rng.choice((5, 60))))
 
     def _new_id(self, key: VariantKey, deadline_s: float) -> int:
         self._last_id += 1
@@ -246,11 +248,13 @@ def _entry(rng: random.Random, model_id: str) -> ModelEntry:
 
 
 def _estimate(rng: random.Random, device: str) -> Estimate:
-    kv_bytes = rng.randint(0, 25)
+    kv_bytes, moves = rng.randint(0, 25), rng.random() < 0.7
     return Estimate(
         device=device,
         weights_bytes=rng.randint(5, 90),
         kv_bytes=kv_bytes,
+        kv_least_bytes=rng.randint(0, kv_bytes) if moves else None,
+        kv_most_bytes=kv_bytes + rng.randint(0, 100) if moves else None,
         workspace_bytes=rng.randint(0, 8),
         graphs_bytes=rng.randint(0, 4) if device != HOST else 0,
         context_bytes=rng.randint(1, 5) if device != HOST else 0,

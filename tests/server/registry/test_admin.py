@@ -241,7 +241,7 @@ def test_who_asks_while_a_model_falls_asleep_wakes_it() -> None:
     driver.load_idle(A, estimate)
     driver.feed(AdminSleep(OPERATION, A))
     waiter = driver.ask(A, estimate)
-    assert driver.slept(A) == (Finish(OPERATION), StartWake(A))
+    assert driver.slept(A) == (Finish(OPERATION), StartWake(A, 0))
     driver.feed(Woke(A, estimate))
     assert driver.only(GrantLease).waiter == waiter
 

@@ -121,6 +121,21 @@ async def test_a_budget_below_what_is_pinned_is_refused_with_figures() -> None:
         assert unknown.value.param == "device"
 
 
+async def test_kv_memory_that_a_pinned_model_can_spare_does_not_stay() -> None:
+    host = FakeHost(sizes={"A": 40})
+    host.kv["A"] = (30, 50)
+    host.entries["A"] = {"pinned": True, "kv_soft_limit_bytes": 10}
+    async with host.registry() as registry:
+        await leased(registry, "A")
+        with pytest.raises(BudgetTooSmallError, match="49, but 50 bytes"):
+            await change_budget(registry, "cpu", 49)
+        await change_budget(registry, "cpu", 50)
+        async with asyncio.timeout(5):
+            while registry.state.ledger.used["cpu"] > 50:  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0.005)
+        assert host.engine("A").kv_limits == [10] and registry.engine("A").state == "ready"
+
+
 async def test_a_larger_budget_lets_those_in_who_wait() -> None:
     host = FakeHost()
     async with host.registry() as registry:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from memory_efficient_gpt_server.registry.events import AdminLoad, AdminUnload
 from memory_efficient_gpt_server.registry.ledger import Budget
 from memory_efficient_gpt_server.registry.queue_view import queue_view
 from memory_efficient_gpt_server.registry.records import Policy
-from tests.server.registry.registry_driver import GPU, A, B, C, Driver, size
+from tests.server.registry.registry_driver import GPU, A, B, C, Driver, elastic, size
 
 
 def view(driver: Driver) -> dict[str, Any]:
@@ -73,6 +74,16 @@ def test_those_behind_may_not_count_on_what_is_kept_for_those_ahead() -> None:
     assert (first["model"], second["model"], second["position"]) == ("B", "C", 2)
     assert first["why"]["code"] == "after_freeing"
     assert (second["why"]["code"], second["why"]["missing_bytes"]) == ("busy", {GPU: 80})
+
+
+def test_a_load_for_which_idle_models_will_give_kv_memory_evicts_nobody() -> None:
+    driver = Driver(Policy(max_loads=1), kv_soft_limit_bytes=10)
+    driver.load_idle(A, elastic(30, kv_bytes=40))
+    driver.ask(B, size(5))  # takes the only slot
+    driver.ask(C, size(40))
+    driver.state = replace(driver.state, policy=Policy(max_loads=2))
+    why = view(driver)["groups"][1]["why"]
+    assert (why["code"], why["evict"], why["missing_bytes"]) == ("after_shrinking", [], {GPU: 15})
 
 
 def test_loads_at_a_time_are_limited() -> None:

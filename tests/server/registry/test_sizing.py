@@ -1,4 +1,4 @@
-"""From the engine's estimate to what the registry books, asleep and awake."""
+"""From the engine's estimate to what the registry books, asleep and awake; what a KV cache may grow to."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ from typing import Any
 
 import pytest
 
+from memory_efficient_gpt.config import EngineConfig
+from memory_efficient_gpt.errors import ConfigError
 from memory_efficient_gpt.memory.figures import MemoryEstimate
 from memory_efficient_gpt.memory.workspace import CUDA_CONTEXT_BYTES, WORKER_BYTES
 from memory_efficient_gpt_server.budgeted_hosting import _budgets
 from memory_efficient_gpt_server.registry.ledger import Budget
-from memory_efficient_gpt_server.registry.sizing import registry_estimate
+from memory_efficient_gpt_server.registry.sizing import KvLimits, registry_estimate, sized
 from memory_efficient_gpt_server.registry.variants import HOST, per_device
 
 SIZES: dict[str, Any] = {"weights_bytes": 16_000_000_000, "kv_cache_bytes": 4_000_000_000}
+BLOCK = 24_576
+CONTEXT = 129 * BLOCK
+"""A request of the demo model's 2,048 tokens, and the trash block."""
+DEMO = EngineConfig(model="demo", device="cpu", max_num_seqs=8)
+FULL = (8 * 128 + 1) * BLOCK
+
+moves = pytest.mark.skipif(sys.platform != "linux", reason="KV caches move on Linux")
 
 
 def test_on_a_gpu_all_but_the_context_can_be_given_back_for_a_copy_on_the_host() -> None:
     predicted = MemoryEstimate(device="cuda:0", workspace_bytes=CUDA_CONTEXT_BYTES + 90_000_000, **SIZES)
-    estimate = registry_estimate(predicted)
+    estimate = registry_estimate(predicted, predicted.kv_cache_bytes)
     assert per_device(estimate.awake()) == {"cuda:0": predicted.total_bytes, HOST: WORKER_BYTES}
     assert estimate.can_sleep and estimate.parked_bytes == 16_000_000_000
     freed = per_device(estimate.to_wake())
@@ -30,7 +39,8 @@ def test_on_a_gpu_all_but_the_context_can_be_given_back_for_a_copy_on_the_host()
 @pytest.mark.parametrize("kv_bytes", [0, 4_000_000_000])
 def test_on_a_cpu_only_the_kv_cache_can_be_given_back(kv_bytes: int) -> None:
     sizes = {**SIZES, "kv_cache_bytes": kv_bytes}
-    estimate = registry_estimate(MemoryEstimate(device="cpu", workspace_bytes=110_000_000, **sizes))
+    predicted = MemoryEstimate(device="cpu", workspace_bytes=110_000_000, **sizes)
+    estimate = registry_estimate(predicted, kv_bytes)
     assert per_device(estimate.awake()) == {HOST: 16_110_000_000 + kv_bytes}
     assert estimate.can_sleep is (kv_bytes > 0) and estimate.parked_bytes == 0
     assert per_device(estimate.to_wake()) == ({HOST: kv_bytes} if kv_bytes else {})
@@ -47,3 +57,40 @@ def test_the_hosts_budget_is_its_own_beside_a_gpu_and_the_models_on_a_cpu(
     assert _budgets(chosen, 80, 30) == {"cuda:0": Budget(80), HOST: Budget(30)}
     device = "cpu"
     assert _budgets(chosen, 80, 30) == {HOST: Budget(80)}
+
+
+@moves
+def test_an_automatic_cache_begins_with_its_share_and_grows_to_what_its_sequences_fill() -> None:
+    config, estimate = sized(DEMO, 80_000_000)
+    assert config.kv_cache_bytes == 20_000_000 and estimate.kv_bytes == 20_000_000 // BLOCK * BLOCK
+    assert estimate.kv_most_bytes == config.kv_reserve_bytes == FULL
+    assert estimate.kv_least_bytes == CONTEXT
+    assert sized(DEMO, 22_000_000)[1].kv_most_bytes == 22_000_000
+
+
+@moves
+def test_it_begins_with_its_soft_limit_but_holds_one_request() -> None:
+    assert sized(DEMO, 80_000_000, KvLimits(10_000_000))[0].kv_cache_bytes == 10_000_000
+    assert sized(DEMO, 80_000_000, KvLimits(1000))[0].kv_cache_bytes == CONTEXT
+    assert sized(DEMO, 80_000_000, KvLimits(1 << 40))[0].kv_cache_bytes == FULL
+
+
+@moves
+def test_a_hard_limit_bounds_beginning_and_growth() -> None:
+    config, estimate = sized(DEMO, 80_000_000, KvLimits(hard_bytes=5_000_000))
+    assert config.kv_cache_bytes == config.kv_reserve_bytes == estimate.kv_most_bytes == 5_000_000
+
+
+@moves
+def test_a_cache_of_a_given_size_grows_only_with_a_hard_limit() -> None:
+    given = EngineConfig(model="demo", device="cpu", num_kv_blocks=200)
+    assert sized(given, 80_000_000)[1].kv_most_bytes == 201 * BLOCK
+    assert sized(given, 80_000_000, KvLimits(hard_bytes=9_000_000))[1].kv_most_bytes == 9_000_000
+    with pytest.raises(ConfigError, match=r"begins with 4,939,776 bytes; its kv_hard_limit_bytes is 10"):
+        sized(given, 80_000_000, KvLimits(hard_bytes=10))
+
+
+@moves
+def test_a_cache_that_transformers_owns_keeps_its_size() -> None:
+    _, estimate = sized(EngineConfig(model="demo", device="cpu", tier="C"), 80_000_000)
+    assert estimate.kv_most_bytes is None and estimate.kv_least_bytes is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from memory_efficient_gpt_server.registry.events import (
     AdminUnload,
     AdminWake,
     KvMoved,
+    KvWanted,
     LeaseReleased,
     Loaded,
     Slept,
@@ -98,9 +100,13 @@ def test_on_the_host_several_models_sleep_together_before_one_is_unloaded() -> N
 
 def test_a_model_that_has_given_its_kv_cache_away_is_unloaded() -> None:
     driver = Driver(budgets={HOST: Budget(100)}, kv_soft_limit_bytes=0)
-    driver.load_idle(A, on_host(50, 30))
-    driver.feed(KvMoved(A, None, 30))
-    assert plan(LoadRequest(B, on_host(60, 0)), driver.state, 1.0).evict == (A,)
+    driver.load_idle(A, replace(on_host(50, 30), kv_least_bytes=0, kv_most_bytes=30))
+    driver.load(B, Estimate(device=HOST, weights_bytes=10, kv_bytes=10, kv_least_bytes=10, kv_most_bytes=40))
+    driver.feed(KvWanted(B, 30))
+    driver.feed(KvMoved(A, 30))
+    assert driver.used(HOST) == 50 + 10 + 40
+    its_plan = plan(LoadRequest(C, on_host(50, 0)), driver.state, driver.now_s)
+    assert (its_plan.evict, its_plan.sleep) == ((A,), ())
 
 
 def test_on_the_host_a_drained_model_sleeps_if_that_is_enough() -> None:
