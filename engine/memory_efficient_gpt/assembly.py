@@ -18,7 +18,7 @@ import torch
 
 from memory_efficient_gpt.attention.backends import choose_backend
 from memory_efficient_gpt.attention.context import AttentionBackend
-from memory_efficient_gpt.attention.model_setup import model_dtype, prepare_model
+from memory_efficient_gpt.attention.model_setup import prepare_model
 from memory_efficient_gpt.config import BLOCK_SIZE_CPU, EngineConfig
 from memory_efficient_gpt.engine_info import EngineInfo
 from memory_efficient_gpt.errors import ConfigError
@@ -179,7 +179,7 @@ def build(
         notes = (*notes, fuse(model).summary())
     elif device.type == "cuda" and config.native_kernels:
         notes = (*notes, *_fuse_on_cuda(model, layers, device))
-    computed_in = model_dtype(model)
+    computed_in = model.dtype
     dtype = kv_dtype(config, computed_in, device)
     backend, reason = choose_backend(
         device,
@@ -288,7 +288,7 @@ def _info(
         architecture=type(model).__name__,
         tier=decision.tier,
         tier_reason=decision.reason,
-        dtype=_dtype_name(model_dtype(model)),
+        dtype=_dtype_name(model.dtype),
         device=str(device),
         max_model_len=max_len,
         vocab_size=_vocab_size(model),
@@ -328,10 +328,10 @@ def _batch_dependence(
     row count."""
     foreign = bool(bitsandbytes_modules(model))
     native = backend.name == "cpu-native" and any(isinstance(m, NativeLayer) for m in model.modules())
-    if (native and not foreign) or (device.type == "cpu" and model_dtype(model) == torch.float32):
+    if (native and not foreign) or (device.type == "cpu" and model.dtype == torch.float32):
         return ()
     who = "bitsandbytes" if foreign else "torch"
-    dtype = _dtype_name(model_dtype(model))
+    dtype = _dtype_name(model.dtype)
     return (
         f"{who} computes some layers in {dtype}: near ties, a seed's text may depend on what else is in the "
         "batch",

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from memory_efficient_gpt.assembly import Parts, assemble, build
-from memory_efficient_gpt.attention.model_setup import model_device
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.engine_info import EngineInfo, EngineStats, SleepReport
 from memory_efficient_gpt.errors import (
@@ -76,7 +75,7 @@ class Engine:
         config.model is the name it goes by. Raises UnsupportedModelError or ConfigError.
         """
         decision = decide_tier(model.config, forced=config.tier, max_model_len=config.max_model_len)
-        parts = build(model, decision, config, device=model_device(model), name=config.model)
+        parts = build(model, decision, config, device=model.device, name=config.model)
         return cls(parts, debug_checks=config.debug_checks)
 
     @property

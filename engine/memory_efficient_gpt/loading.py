@@ -182,6 +182,10 @@ def load_model(
         raise CheckpointError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
     _refuse_incomplete(folder, report)
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
+    if quantization_settings(folder) is not None:
+        from memory_efficient_gpt.quantization.without_parameters import describe_itself
+
+        describe_itself(loaded)
     return loaded
 
 

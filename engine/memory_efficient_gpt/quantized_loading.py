@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from memory_efficient_gpt.assembly import cpu_kernels
-from memory_efficient_gpt.attention.model_setup import model_device
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.errors import ConfigError
 from memory_efficient_gpt.hardware import resolve_device
@@ -175,7 +174,7 @@ def quantize(
     for note in bitsandbytes.left_alone(layers, scheme):
         logger.warning(note)
     told = None if progress is None else (lambda name, share: progress(f"quantizing {name}", share))
-    kernels = cpu_kernels(config, model_device(model))
+    kernels = cpu_kernels(config, model.device)
     return quantize_model(model, plan, rounding=wanted.rounding, kernels=kernels, progress=told)
 
 

@@ -21,7 +21,6 @@ import torch
 from memory_efficient_gpt.api import Completion
 from memory_efficient_gpt.assembly import cpu_kernels
 from memory_efficient_gpt.attention.flash import use_flash
-from memory_efficient_gpt.attention.model_setup import model_device, model_dtype
 from memory_efficient_gpt.choice import Choice
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.engine_info import EngineInfo
@@ -64,7 +63,7 @@ class QuantizedModel:
         self.model = model
         self.report = report
         self._lent = LentModule(model, tokenizer, config, folder)
-        if main_scheme(model) is not None and cpu_kernels(config, model_device(model)) is not None:
+        if main_scheme(model) is not None and cpu_kernels(config, model.device) is not None:
             fuse(model)  # at once, so that calls give the same before and after the paged cache is asked for
 
     @classmethod
@@ -113,7 +112,7 @@ class QuantizedModel:
         _require_transformers(model)
         wanted = wish(bits, scheme, rounding, rules)
         name = model.name_or_path or type(model).__name__
-        settings = engine_config(name, config, device=str(model_device(model)))
+        settings = engine_config(name, config, device=str(model.device))
         report = quantize(model, wanted, settings, default=UNQUANTIZED)
         wrapped = tokenizer if isinstance(tokenizer, Tokenizer | None) else Tokenizer(tokenizer)
         return cls(model, wrapped, report, settings)
@@ -197,7 +196,7 @@ class QuantizedModel:
         target, source, model = Path(folder), self._lent.folder, cast(Any, self.model)
         if target.exists() and any(target.iterdir()):
             raise ConfigError([f"{target} is not empty. Give a new folder, or empty it."])
-        model.config.dtype = model_dtype(model)
+        model.config.dtype = model.dtype
         if main_scheme(model) is None:
             model.save_pretrained(target)
         else:

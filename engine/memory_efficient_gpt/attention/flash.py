@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from memory_efficient_gpt.attention.model_setup import model_device, model_dtype
 from memory_efficient_gpt.choice import Choice
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def use_flash(model: PreTrainedModel) -> Choice:
     """Switch `model` to the first flash kernel that works on its device; without any it stays as it was."""
     before = str(model.config._attn_implementation)
     obstacles: list[str] = []
-    packages = _installed_packages(model, obstacles) if model_device(model).type == "cuda" else []
+    packages = _installed_packages(model, obstacles) if model.device.type == "cuda" else []
     for name in (*packages, _TORCH):
         obstacle = _obstacle(model, name)
         if obstacle is None:
@@ -59,7 +58,7 @@ def _installed_packages(model: PreTrainedModel, obstacles: list[str]) -> list[st
     )
     found = [name for name, is_available in probes if is_available()]
     obstacles += [f"{name} is not installed" for name, _ in probes if name not in found]
-    if found and model_dtype(model) not in PACKAGE_DTYPES:
+    if found and model.dtype not in PACKAGE_DTYPES:
         obstacles.append(f"{', '.join(found)} compute in float16 or bfloat16, not {_dtype_name(model)}")
         return []
     return found
@@ -83,18 +82,18 @@ def _obstacle(model: PreTrainedModel, name: str) -> str | None:
 
 
 def _run(model: PreTrainedModel, kernels: AbstractContextManager[None]) -> None:
-    ids = torch.zeros((1, _TRIAL_TOKENS), dtype=torch.int64, device=model_device(model))
+    ids = torch.zeros((1, _TRIAL_TOKENS), dtype=torch.int64, device=model.device)
     with kernels, torch.inference_mode():
         model(input_ids=ids, use_cache=False)
 
 
 def _describe(model: PreTrainedModel, name: str) -> str:
     kernel = "torch's flash kernel" if name == _TORCH else name
-    return f"{kernel} computes this model's attention in {_dtype_name(model)} on {model_device(model)}"
+    return f"{kernel} computes this model's attention in {_dtype_name(model)} on {model.device}"
 
 
 def _dtype_name(model: PreTrainedModel) -> str:
-    return str(model_dtype(model)).removeprefix("torch.")
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _first_sentence(text: str) -> str:

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from memory_efficient_gpt.attention.interface import ATTENTION_NAME, register
 from memory_efficient_gpt.errors import UnsupportedModelError
 from memory_efficient_gpt.kv_cache.host_reads import REPLACED_ATTRIBUTES, remove_host_reads
@@ -38,29 +36,6 @@ def prepare_model(model: PreTrainedModel) -> None:
     if getattr(text_config, "output_router_logits", False):
         text_config.output_router_logits = False
     remove_host_reads(model)
-
-
-def model_dtype(model: PreTrainedModel) -> torch.dtype:
-    """What the model computes in: its parameters' dtype, or what its quantized weights had.
-
-    transformers' `model.dtype` fails where everything is quantized and norms have no weights (OLMo).
-    """
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            return parameter.dtype
-    for module in model.modules():
-        if isinstance(dtype := getattr(module, "compute_dtype", None), torch.dtype):
-            return dtype
-    raise UnsupportedModelError(
-        f"{type(model).__name__} has no weights, so nothing says what it computes in."
-    )
-
-
-def model_device(model: PreTrainedModel) -> torch.device:
-    """Where the model is; `model.device` fails where `model.dtype` does."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    raise UnsupportedModelError(f"{type(model).__name__} has no tensors.")
 
 
 @contextmanager

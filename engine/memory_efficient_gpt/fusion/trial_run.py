@@ -14,7 +14,6 @@ import torch
 
 from memory_efficient_gpt.attention.context import StepContext
 from memory_efficient_gpt.attention.interface import CACHE_ATTRIBUTE, forward_packed
-from memory_efficient_gpt.attention.model_setup import model_dtype
 from memory_efficient_gpt.attention.torch_backend import TorchBackend
 from memory_efficient_gpt.kv_cache.geometry import LayerKV
 from memory_efficient_gpt.kv_cache.pool import KVPool
@@ -28,7 +27,7 @@ _BLOCK_SIZE: Final = 8
 
 def packed_logits(model: PreTrainedModel, layers: Sequence[LayerKV], device: torch.device) -> torch.Tensor:
     """Logits `[5, V]` of a sequence of five tokens, by torch's attention. Raises what the model raises."""
-    pool = KVPool(layers, 2, _BLOCK_SIZE, model_dtype(model), device)
+    pool = KVPool(layers, 2, _BLOCK_SIZE, model.dtype, device)
     places = torch.arange(_TOKENS, device=device)
     context = StepContext(
         backend=TorchBackend(),

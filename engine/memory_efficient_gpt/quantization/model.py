@@ -29,6 +29,7 @@ from memory_efficient_gpt.quantization.plans import Plan
 from memory_efficient_gpt.quantization.rounding import Rounding, quantize_weight, rounding_of
 from memory_efficient_gpt.quantization.scheme import Scheme
 from memory_efficient_gpt.quantization.storage import QuantizedWeight
+from memory_efficient_gpt.quantization.without_parameters import describe_itself
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,6 +104,7 @@ def quantize_model(
             kernels=kernels,
         )
         put_weight(layer, weight)
+    describe_itself(model)
     report.bytes_after = weight_bytes(model)
     report.kept = _float_bytes(model)
     logger.info(report.summary())

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import torch
 
-from memory_efficient_gpt.attention.model_setup import model_dtype
 from memory_efficient_gpt.errors import MegptError
 from memory_efficient_gpt.hardware import free_memory_bytes
 from memory_efficient_gpt.loading import load_model
@@ -78,7 +77,7 @@ def carry_out(job: Job, progress: Progress) -> Outcome:
     schemes = mixed.schemes if mixed is not None else uniform_plan(layers, job.schemes[0], rules=job.rules)
     outcome = Outcome(bits_per_weight(layers, schemes), _size(job.weight_files), schemes, mixed)
     if reference is not None:
-        outcome.measured_tokens, outcome.measured_in = reference.num_tokens, _name(model_dtype(model))
+        outcome.measured_tokens, outcome.measured_in = reference.num_tokens, _name(model.dtype)
     if job.out is not None:
         _quantize(model, schemes, quantizer, progress)
         outcome.divergence = reference.divergence() if reference is not None else None
@@ -136,7 +135,7 @@ def _quantize(model: PreTrainedModel, schemes: Plan, quantizer: Quantizer, progr
 
 def _write(model: PreTrainedModel, out: Path, source: Path) -> int:
     """Write beside `out`, then give it its name; returns the bytes of the weights."""
-    model.config.dtype = model_dtype(model)
+    model.config.dtype = model.dtype
     partial_out = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         save_quantized(model, partial_out, source=source)

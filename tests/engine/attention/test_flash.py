@@ -17,11 +17,8 @@ class OnCuda:
     """A model as it looks on a GPU; the packages' kernels are stood in for by what `obstacles` says."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.device, self._dtype = torch.device("cuda", 0), dtype
+        self.device, self.dtype = torch.device("cuda", 0), dtype
         self.config: Any = type("Config", (), {"_attn_implementation": "eager"})()
-
-    def parameters(self) -> list[torch.Tensor]:
-        return [torch.empty(0, dtype=self._dtype)]
 
     def set_attn_implementation(self, name: str) -> None:
         self.config._attn_implementation = name

@@ -21,7 +21,6 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from memory_efficient_gpt.attention.model_setup import model_dtype
 from memory_efficient_gpt.errors import UnsupportedModelError
 from memory_efficient_gpt.fusion.apply import fuse
 from memory_efficient_gpt.native.build import Unavailable
@@ -80,7 +79,7 @@ def quantized(name: str, scheme: str = "int4", dtype: torch.dtype = torch.float3
 
 def dequantized_copy(name: str, model: Any) -> Any:
     """An ordinary float model with the numbers of the quantized one."""
-    plain = tiny(name, model_dtype(model))
+    plain = tiny(name, model.dtype)
     state = dict(plain.state_dict())
     for key, module in model.named_modules():
         if module in quantized_modules(model):
