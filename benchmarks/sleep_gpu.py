@@ -27,7 +27,7 @@ from benchmarks.machine import accelerator_facts, versions
 from memory_efficient_gpt.core import Engine
 from memory_efficient_gpt.request import Request, SamplingParams
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def greedy(engine: Engine) -> list[int]:
@@ -98,10 +98,11 @@ def measure(shape: str, device: str, folder: Path, save: Any) -> None:
     plain, saved = folder / "bf16", folder / "int4-g128"
     write_model(plain, shape, device)
     _free(device)
-    quantize(plain, saved, device)
-    _free(device)
     results: dict[str, Any] = {}
     for name, model in (("bf16", plain), ("int4-g128 saved", saved)):
+        if model is saved:
+            quantize(plain, saved, device)
+            _free(device)
         loads_s = []
         for _ in range(2):
             engine, seconds = load(model, device, kv_cache_bytes=6 << 30 if device != "cpu" else 1 << 24)
