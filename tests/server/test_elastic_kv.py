@@ -188,6 +188,7 @@ def test_a_model_that_slept_wakes_in_its_process_with_what_it_keeps(
 ) -> None:
     registry, alone = _registry(live), _ask(client, "a", 0)
     assert _burst(client, "a")[0] == alone
+    _settled_kv(client)
     pid, engine, grown = registry.pid("a"), registry.engine("a"), _kv(client, "a")
     assert grown > SOFT
     used = client.get("/admin/memory").json()["devices"]["cpu"]["used_bytes"]
