@@ -43,10 +43,16 @@ class KvLimitCalls:
             self._send_wanted()
 
     def answered(self, num_bytes: int) -> None:
-        """The worker did what it was sent first of all that is unanswered."""
+        """The worker did what it was sent first of all that is unanswered.
+
+        One that went further down than it was told has made known that the rest is free: the next worker may
+        not have it either.
+        """
         for answer in self._sent.popleft() if self._sent else ():
             if not answer.done():
                 answer.set_result(num_bytes)
+        if self._wanted_bytes is not None and not self._sent and not self._unsent:
+            self._wanted_bytes = min(self._wanted_bytes, num_bytes)
 
     def worker_died(self) -> None:
         """What was unanswered will be answered by the next one."""

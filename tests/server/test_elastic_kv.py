@@ -141,6 +141,7 @@ def test_bursts_take_what_idle_models_do_not_use_and_nobody_is_loaded_again(
         nonlocal most_of_b
         most_of_b = max(most_of_b, _kv(client, "b"))
 
+    _settled_kv(client)
     with _free_bytes(live, 0):  # from now on, b's bytes can only be a's
         assert _burst(client, "b", look) == alone
     assert most_of_b > 2 * SOFT

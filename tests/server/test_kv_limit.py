@@ -128,6 +128,28 @@ def test_answers_belong_to_their_limits_also_after_a_death() -> None:
     asyncio.run(run())
 
 
+def test_the_next_worker_gets_no_more_than_the_last_one_kept() -> None:
+    async def run() -> None:
+        sent: list[int] = []
+        calls = KvLimitCalls(sent.append)
+        calls.worker_ready()
+        for limit, held in ((20, 18), (15, 16), (30, 30)):
+            calls.set(limit)
+            calls.answered(held)
+            calls.worker_died()
+            calls.worker_ready()
+            calls.answered(min(limit, held))
+        assert sent == [20, 18, 15, 15, 30, 30]
+        calls.set(12)
+        calls.set(25)
+        calls.answered(11)  # of the first, which is the limit no more
+        calls.worker_died()
+        calls.worker_ready()
+        assert sent[-1] == 25
+
+    asyncio.run(run())
+
+
 def test_an_answer_to_what_only_a_new_worker_was_told_is_nobodys() -> None:
     async def run() -> None:
         calls = KvLimitCalls(lambda _: None)
