@@ -32,6 +32,7 @@ from memory_efficient_gpt_server.logs import RequestRecord
 
 LEAST_RETRY_AFTER_S: Final = 1
 MOST_RETRY_AFTER_S: Final = 60
+DRAIN_RETRY_AFTER_S: Final = 5.0
 STATUS_CLIENT_CLOSED: Final = 499
 """Never sent: what the log and the metrics say of a client that left."""
 
@@ -124,6 +125,11 @@ class DrainingError(OverloadedError):
     """The server is shutting down."""
 
     code = "draining"
+
+
+def shutting_down() -> DrainingError:
+    """What whoever asks from now on gets."""
+    return DrainingError("The server is shutting down. Try again later.", retry_after_s=DRAIN_RETRY_AFTER_S)
 
 
 class LoadFailedError(ModelLoadError):

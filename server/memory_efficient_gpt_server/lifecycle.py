@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 from starlette.types import Receive
 
 from memory_efficient_gpt.errors import MegptError
-from memory_efficient_gpt_server.errors import ClientDisconnectedError, DrainingError, RequestTimeoutError
-
-DRAIN_RETRY_AFTER_S: Final = 5.0
+from memory_efficient_gpt_server.errors import ClientDisconnectedError, RequestTimeoutError, shutting_down
 
 
 class RunningRequest:
@@ -103,7 +101,7 @@ class Lifecycle:
                 await self._none_running.wait()
         except TimeoutError:
             for request in list(self._running):
-                request.stop(_draining())
+                request.stop(shutting_down())
             await self._none_running.wait()
             return False
         return True
@@ -111,7 +109,7 @@ class Lifecycle:
     def require_open(self) -> None:
         """Raises DrainingError while draining."""
         if self.draining:
-            raise _draining()
+            raise shutting_down()
 
     def _enter(self, request: RunningRequest) -> None:
         self.require_open()
@@ -122,7 +120,3 @@ class Lifecycle:
         self._running.discard(request)
         if not self._running:
             self._none_running.set()
-
-
-def _draining() -> DrainingError:
-    return DrainingError("The server is shutting down. Try again later.", retry_after_s=DRAIN_RETRY_AFTER_S)

@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from memory_efficient_gpt.errors import MegptError, ModelLoadError, OverloadedError
+from memory_efficient_gpt_server.errors import shutting_down
+
 
 class ModelState(StrEnum):
     """Where a served model is in its life."""
@@ -36,3 +39,18 @@ class LoadTimes:
 
     forked_s: float | None = None
     ready_s: float | None = None
+
+
+def refusal_in(state: ModelState, name: str, reason: str | None) -> MegptError | None:
+    """What a request gets from a model in that state; None: it is taken."""
+    match state:
+        case ModelState.READY:
+            return None
+        case ModelState.LOADING:
+            return OverloadedError(f"{name} is loading ({reason}). Try again in a few seconds.")
+        case ModelState.DRAINING:
+            return shutting_down()
+        case ModelState.ASLEEP:
+            return OverloadedError(f"{name} sleeps. Try again in a few seconds.")
+        case _:
+            return ModelLoadError(f"{name} is {state}: {reason}")

@@ -20,7 +20,7 @@ from prometheus_client.metrics_core import Metric
 from memory_efficient_gpt_server.registry.effects import UnloadReason
 from memory_efficient_gpt_server.registry.owner import Registry
 from memory_efficient_gpt_server.registry.records import VariantRecord
-from memory_efficient_gpt_server.registry.states import LIVELIEST_FIRST, State
+from memory_efficient_gpt_server.registry.states import State, liveliest
 
 _EVICTIONS: Final = (UnloadReason.BUDGET, UnloadReason.OVERCOMMIT, UnloadReason.TTL, UnloadReason.ADMIN)
 _SLEEPS: Final = (UnloadReason.BUDGET, UnloadReason.OVERCOMMIT, UnloadReason.ADMIN)
@@ -47,10 +47,9 @@ def _states(registry: Registry) -> Metric:
         labels=["model_name", "state"],
     )
     for model_id in registry.models:
-        states = {record.state for record in _records(registry, model_id)} | {State.UNLOADED}
-        present = next(state for state in LIVELIEST_FIRST if state in states)
+        present = liveliest(record.state for record in _records(registry, model_id))
         for state in State:
-            family.add_metric([model_id, state], float(state is present))
+            family.add_metric([model_id, state], float(state == present))
     return family
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from memory_efficient_gpt.errors import ModelLoadError
-from memory_efficient_gpt_server.errors import DrainingError, ModelLoadingError
+from memory_efficient_gpt_server.errors import ModelLoadingError, shutting_down
 
 if TYPE_CHECKING:
     from memory_efficient_gpt.engine_info import EngineInfo
@@ -49,8 +49,10 @@ class ServedVariant:
         if self.registry is None:
             yield self.require_ready()
             return
-        async with self.registry.lease(self.model_id if self.key is None else self.key):
-            yield self.require_ready()
+        async with self.registry.lease(self.model_id if self.key is None else self.key) as engine:
+            # It may have been told to leave since the lease was granted: it finishes its work first.
+            leaving = engine.info if engine.state == "draining" else None
+            yield leaving or self.require_ready()
 
     def require_warm(self) -> None:
         """Raise ModelLoadingError or ModelLoadError unless it is ready; nothing is loaded."""
@@ -72,4 +74,4 @@ class ServedVariant:
             raise ModelLoadError(
                 f"Model {self.name} could not be loaded; GET /v1/models/{self.model_id} says why."
             )
-        raise DrainingError("The server is shutting down. Try again later.")
+        raise shutting_down()

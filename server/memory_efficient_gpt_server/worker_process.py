@@ -28,7 +28,7 @@ from typing import Final
 
 import memory_efficient_gpt
 from memory_efficient_gpt.config import EngineConfig
-from memory_efficient_gpt.frames import FrameDecoder, Message, encode
+from memory_efficient_gpt.frames import Close, FrameDecoder, Message, encode
 from memory_efficient_gpt.wire import FrameError, pack_record
 from memory_efficient_gpt.worker import PRELOAD_ENVIRONMENT, LoadEngine, load_engine, run_worker
 
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 PRELOAD_MODULE: Final = "memory_efficient_gpt.worker_preload"
 EXIT_GRACE_S: Final = 2.0
+CLOSE_GRACE_S: Final = 5.0
 
 
 def start_fork_server() -> None:
@@ -149,6 +150,14 @@ class WorkerProcess(asyncio.Protocol):
         if self._exit_code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
+
+    async def end(self, *, patiently: bool) -> None:
+        """Ask it to end; kill it if it has not after CLOSE_GRACE_S, or at once if not `patiently`."""
+        if not self.ended.done():
+            self.send(Close())
+            await asyncio.wait([self.ended], timeout=CLOSE_GRACE_S if patiently else 0)
+            self.kill()
+            await self.ended
 
     # asyncio's callbacks
 

@@ -20,7 +20,7 @@ from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.engine_info import EngineStats
 from memory_efficient_gpt.errors import EngineFailedError, ModelLoadError, OverloadedError
 from memory_efficient_gpt.request import FinishReason
-from memory_efficient_gpt_server import workers as workers_module
+from memory_efficient_gpt_server import worker_lives as lives_module
 from memory_efficient_gpt_server.supervision import WorkerLimits
 from memory_efficient_gpt_server.worker_process import start_fork_server
 from memory_efficient_gpt_server.workers import ModelState, WorkerModel
@@ -139,7 +139,7 @@ def test_an_ended_sequence_is_not_begun_again() -> None:
 
 
 def test_the_wait_for_the_next_worker_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers_module, "WATCH_INTERVAL_S", 0.05)
+    monkeypatch.setattr(lives_module, "WATCH_INTERVAL_S", 0.05)
     # a worker that loads has no work yet
     hasty = WorkerLimits(resume_wait_s=1.5, stall_s=0.4, kill_factor=1)
 
@@ -235,7 +235,7 @@ def test_close_ends_what_waits_for_the_next_worker(tmp_path: Path) -> None:
 def test_a_hung_worker_is_not_ready_and_is_killed_like_a_crashed_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(workers_module, "WATCH_INTERVAL_S", 0.05)
+    monkeypatch.setattr(lives_module, "WATCH_INTERVAL_S", 0.05)
     hasty = WorkerLimits(stall_s=0.5, kill_factor=2)
 
     async def run() -> None:

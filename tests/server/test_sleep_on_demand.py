@@ -126,6 +126,21 @@ def test_administrators_sleep_and_wake_a_real_model(
     assert registry.state.ledger.used["cpu"] == before
 
 
+def test_the_receipt_of_a_request_that_woke_its_model_has_its_own_figures(client: httpx.Client) -> None:
+    receipts = []
+    for sleeps in (False, True):
+        ask(client, "first")
+        if sleeps:
+            post(client, "first", "sleep")
+        answer = ask(client, "first", optimizations={"receipt": True}, prefix_cache=False)
+        assert answer.headers["x-megpt-model-state"] == ("asleep" if sleeps else "ready")
+        receipts.append(answer.json()["receipt"])
+    awake, woken = receipts
+    assert woken["kv_peak_bytes"] == awake["kv_peak_bytes"] > 0, "nothing of before its sleep is counted"
+    assert woken["load_ms"] > awake["load_ms"] and woken["kv_byte_seconds"] > 0
+    assert woken["resumed"] is False
+
+
 def test_a_worker_killed_in_its_sleep_is_loaded_anew(client: httpx.Client, live: LiveServer) -> None:
     registry = live.server.catalog.registry
     assert registry is not None

@@ -67,7 +67,7 @@ def _row(group: Mapping[str, Any]) -> tuple[str, ...]:
 
     why = group["why"]
     missing, eta_s = sum(why["missing_bytes"].values()), why["eta_s"]
-    others = [f"{name}: {', '.join(why[key])}" for name, key in _OTHERS if why[key]]
+    others = [f"{name}: {', '.join(why[key])}" for name, key in _OTHERS if why.get(key)]
     return (
         str(group["position"]),
         one_line(group["variant"]),
@@ -80,4 +80,6 @@ def _row(group: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-_OTHERS: Final = (("leaving", "evict"), ("in its way", "blocked_by"))
+_OTHERS: Final = (
+    ("leaving", "evict"), ("going to sleep", "sleep"), ("in its way", "blocked_by"),
+)  # fmt: skip

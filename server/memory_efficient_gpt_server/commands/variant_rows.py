@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from memory_efficient_gpt_server.registry.states import liveliest
+
 
 def variant_rows(model: Mapping[str, Any], *, only_loaded: bool = False) -> list[dict[str, Any]]:
     """Each variant with the model's settings; only_loaded: without those that are unloaded."""
@@ -18,10 +20,12 @@ def variant_rows(model: Mapping[str, Any], *, only_loaded: bool = False) -> list
 
 
 def summed(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The model with what its variants have together, in the state of the first that is not unloaded."""
-    rows = variant_rows(model, only_loaded=True) or variant_rows(model)
+    """The model with what its variants have together, in the state of the liveliest, as in the metrics."""
+    rows = variant_rows(model)
+    present = liveliest(row["state"] for row in rows)
+    shown = next((row for row in rows if row["state"] == present), rows[0])
     counts = {name: sum(row[name] for row in rows) for name in ("leases", "waiting")}
-    return {**model, "state": rows[0]["state"], "reason": rows[0]["reason"], **counts}
+    return {**model, "state": shown["state"], "reason": shown["reason"], **counts}
 
 
 def _pinned(model: Mapping[str, Any], variant: Mapping[str, Any]) -> bool:

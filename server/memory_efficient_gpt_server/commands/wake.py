@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def _said(done: bool, model: dict[str, Any]) -> str:
     from memory_efficient_gpt_server.commands.tables import one_line
 
-    name, state = one_line(model["id"]), one_line(model["state"])
+    name, state = one_line(model["variant"]), one_line(model["state"])
     if not done:
         return f"{name}: {state}; `megpt ps` shows how far it is"
     wake_s = model["last_wake_s"]

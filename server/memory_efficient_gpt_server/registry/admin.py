@@ -100,7 +100,7 @@ def sleep(draft: Draft, operation: int, key: VariantKey) -> None:
         draft.put(record, sleepers=(*record.sleepers, operation))
     elif record.leases or key in draft.queue:
         draft.refuse(operation, RefusalKind.MODEL_BUSY, detail="try again when it is idle")
-    elif draft.entries[key.model_id].pinned:
+    elif draft.entries[key.model_id].pins(key):
         draft.refuse(operation, RefusalKind.MODEL_PINNED)
     elif not record.needs.can_sleep:
         draft.refuse(operation, RefusalKind.WRONG_STATE, detail=_CANNOT_SLEEP)

@@ -12,7 +12,7 @@ import itertools
 import logging
 
 from memory_efficient_gpt.errors import MegptError
-from memory_efficient_gpt_server.errors import DrainingError
+from memory_efficient_gpt_server.errors import shutting_down
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Answers:
         log_failure: whether a refusal is logged, as perhaps nobody reads the answer.
         """
         if self.closed:
-            raise _draining()
+            raise shutting_down()
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if log_failure:
             answer.add_done_callback(_log_failure)
@@ -64,14 +64,10 @@ class Answers:
         """Refuse all that wait, and all that come."""
         self.closed = True
         for waiter in list(self._open):
-            self.give(waiter, _draining())
+            self.give(waiter, shutting_down())
 
 
 def _log_failure(answer: asyncio.Future[None]) -> None:
     if not answer.cancelled() and (error := answer.exception()) is not None:
         told = error.message if isinstance(error, MegptError) else repr(error)
         logger.warning("An operation was refused: %s", told)
-
-
-def _draining() -> DrainingError:
-    return DrainingError("The server is shutting down. Try again later.", retry_after_s=5.0)

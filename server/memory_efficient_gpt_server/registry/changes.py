@@ -73,11 +73,20 @@ async def remove_model(registry: Registry, name: str) -> str:
         try:
             await registry.dismiss(model_id)
         except ModelBusyError:
-            raise ModelBusyError(
-                f"Model {model_id} is loaded, waited for, or its memory is not free yet. Unload it first: "
-                f"POST /admin/models/{model_id}/unload."
-            ) from None
+            raise _in_the_way(registry, model_id) from None
     return model_id
+
+
+def _in_the_way(registry: Registry, model_id: str) -> ModelBusyError:
+    """Why a model can't be removed: each variant is unloaded by itself."""
+    states = {key: registry.engine(key).state for key in registry.variants(model_id)}
+    loaded = [f"{key} is {state}" for key, state in states.items() if state not in ("unloaded", "failed")]
+    others = any(not key.as_configured for key in states)
+    return ModelBusyError(
+        f"Model {model_id} can't be removed yet: {', '.join(loaded) or 'its memory is not free yet'}. Unload "
+        f"it first: POST /admin/models/{model_id}/unload"
+        + (", for a variant with its `optimizations`." if others else ".")
+    )
 
 
 def model_exists(model_id: str) -> ModelExistsError:

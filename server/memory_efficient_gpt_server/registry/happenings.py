@@ -28,7 +28,6 @@ from memory_efficient_gpt_server.registry.events import (
 from memory_efficient_gpt_server.registry.records import RegistryState, VariantRecord
 from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import VariantKey
-from memory_efficient_gpt_server.registry.victims import held_by_device
 from memory_efficient_gpt_server.wording import clipped
 
 MOST_CHARACTERS: Final = 500
@@ -124,7 +123,7 @@ def _evictions(before: RegistryState, effects: tuple[Effect, ...]) -> Iterator[H
                 way = "sleep"
             case _:
                 continue
-        facts = {"reason": str(reason), "way": way, "held_bytes": held_by_device(before.ledger, key)}
+        facts = {"reason": str(reason), "way": way, "held_bytes": before.ledger.held_by_device(key)}
         yield Happening(HappeningKind.EVICTION, _of(key) | facts)
 
 

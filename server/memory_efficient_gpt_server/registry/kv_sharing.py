@@ -12,6 +12,8 @@ A model in use gives too, unless it wanted more itself of late: its worker keeps
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from memory_efficient_gpt_server.registry.draft import Draft
@@ -52,7 +54,8 @@ def want_kv(draft: Draft, key: VariantKey, wanted_bytes: int) -> None:
 
 
 def kv_moved(draft: Draft, source: VariantKey, unmapped_bytes: int) -> None:
-    """Give what `source` has unmapped to whom it was for; to nobody if that one can't take it any more.
+    """Give what `source` has unmapped to whom it was for; to nobody if that one can't take it any more, or
+    if the device has less to give than when it was told.
 
     A source that was unloaded meanwhile gives its bytes back with its process, and not twice.
     """
@@ -68,7 +71,8 @@ def kv_moved(draft: Draft, source: VariantKey, unmapped_bytes: int) -> None:
     taker = draft.records.get(gift.target) if gift.target is not None else None
     if taker is None or taker.state is not State.READY:
         return
-    taken = min(given, gift.bytes, room_bytes(draft, taker))
+    free = draft.ledger.available_bytes(taker.needs.device)
+    taken = min(given, gift.bytes, room_bytes(draft, taker), free)
     if taken > 0:
         _grow(draft, taker, taken)
 
@@ -81,6 +85,14 @@ def ask_users(draft: Draft, missing: dict[str, int]) -> None:
         if size > 0:
             draft.give_kv(record, None, size)
             missing[device] -= size
+
+
+def keep_gifts(draft: Draft, over: Mapping[str, int]) -> None:
+    """What is on its way to another model on these devices goes to nobody: it is missing there."""
+    for record in list(draft.records.values()):
+        gift = record.giving
+        if gift is not None and gift.target is not None and record.needs.device in over:
+            draft.put(record, giving=replace(gift, target=None))
 
 
 def _grow(draft: Draft, record: VariantRecord, size: int) -> None:

@@ -98,7 +98,15 @@ class Ledger:
 
     def held_bytes(self, owner: Owner, device: str) -> int:
         """What the owner has on the device and what is not leaked, freeing bytes included."""
-        return sum([e.bytes for e in self.of(owner) if e.device == device and e.stage is not Stage.LEAKED])
+        return self.held_by_device(owner).get(device, 0)
+
+    def held_by_device(self, owner: Owner) -> dict[str, int]:
+        """The same for each device: what ending the owner's process gives back."""
+        held: dict[str, int] = {}
+        for e in self.of(owner):
+            if e.stage is not Stage.LEAKED:
+                held[e.device] = held.get(e.device, 0) + e.bytes
+        return held
 
     def leaked_bytes(self, device: str) -> int:
         """What stayed on the device after its processes were gone."""

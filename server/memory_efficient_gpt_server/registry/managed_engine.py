@@ -1,6 +1,6 @@
-"""A model's engine as the rest of the server sees it, whether it is loaded or not.
+"""Models' engines as the rest of the server sees them, whether they are loaded or not.
 
-Purpose: one lasting `ModelEngine` for each model over the engines that come and go behind it.
+Purpose: one lasting `ModelEngine` for each variant over the engines that come and go behind it.
 Does not know: when or why a model is loaded.
 Invariant: counters never fall: what closed engines have counted is kept.
 """
@@ -15,6 +15,7 @@ from memory_efficient_gpt_server.counters import add_counters
 from memory_efficient_gpt_server.errors import ModelLoadingError
 from memory_efficient_gpt_server.models import ModelEngine, SequenceEvents
 from memory_efficient_gpt_server.registry.states import Life, State
+from memory_efficient_gpt_server.registry.variants import VariantKey
 
 
 class ManagedEngine:
@@ -90,3 +91,33 @@ class ManagedEngine:
         """Keep what a closed engine has told."""
         self._last_info = engine.info or self._last_info
         self._counted = add_counters(add_counters(self._counted, engine.ended_stats), engine.stats)
+
+
+class ManagedEngines:
+    """Those of all variants that were ever asked for. life, present: as ManagedEngine's, by key."""
+
+    def __init__(
+        self, life: Callable[[VariantKey], Life], present: Callable[[VariantKey], ModelEngine | None]
+    ) -> None:
+        self._life = life
+        self._present = present
+        self._by_key: dict[VariantKey, ManagedEngine] = {}
+
+    def of(self, key: VariantKey) -> ManagedEngine:
+        """The variant's, loaded or not."""
+        if key not in self._by_key:
+            self._by_key[key] = ManagedEngine(str(key), lambda: self._life(key), lambda: self._present(key))
+        return self._by_key[key]
+
+    def of_model(self, model_id: str) -> tuple[ManagedEngine, ...]:
+        """Of all its variants that were asked for."""
+        return tuple([engine for key, engine in self._by_key.items() if key.model_id == model_id])
+
+    def outlived(self, key: VariantKey, engine: ModelEngine) -> None:
+        """Keep what a closed engine of a variant has told."""
+        self.of(key).outlived(engine)
+
+    def forget(self, model_id: str) -> None:
+        """The model is gone."""
+        for key in [key for key in self._by_key if key.model_id == model_id]:
+            del self._by_key[key]

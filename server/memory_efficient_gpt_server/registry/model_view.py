@@ -20,8 +20,11 @@ from memory_efficient_gpt_server.registry.variants import Estimate, VariantKey
 
 
 def model_view(registry: Registry, key: VariantKey) -> dict[str, Any]:
-    """A registered model: the facts of the variant `key`, its settings, and all its variants in short."""
-    model, entry = registry.models[key.model_id], registry.entry(key.model_id)
+    """A registered model: the facts of the variant `key`, its settings, and all its variants in short.
+
+    Raises ModelNotFoundError.
+    """
+    model, entry = registry.hosted(key.model_id), registry.entry(key.model_id)
     return {
         "id": model.id,
         "aliases": list(entry.aliases),
@@ -67,10 +70,13 @@ def variant_view(registry: Registry, key: VariantKey) -> dict[str, Any]:
 
 
 def _measured_sizes(ledger: Ledger, record: VariantRecord) -> dict[str, int] | None:
-    """What it took when it was last loaded; while it is loaded, with the KV memory that it has now."""
+    """What it took when it was last loaded; while it is loaded, with the KV memory that it has now. Asleep:
+    what it has kept."""
     measured = record.measured
     if measured is None:
         return None
+    if record.state is State.ASLEEP:
+        return {str(e.kind): e.bytes for e in ledger.of(record.key)}
     if record.state in (State.READY, State.DRAINING):
         measured = replace(measured, kv_bytes=kv_bytes(ledger, record.key))
     return _sizes(measured)

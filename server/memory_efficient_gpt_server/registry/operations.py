@@ -21,7 +21,7 @@ from memory_efficient_gpt_server.registry.happenings import Happening, Happening
 
 MOST_ENDED: Final = 256
 
-Wish: TypeAlias = AdminLoad | AdminUnload | AdminSleep | AdminWake
+AdminWish: TypeAlias = AdminLoad | AdminUnload | AdminSleep | AdminWake
 
 _NAMES: Final[dict[type, str]] = {
     AdminLoad: "load",
@@ -39,7 +39,7 @@ class Operation:
     """
 
     id: str
-    wish: Wish
+    wish: AdminWish
     answer: asyncio.Future[None]
     began_s: float
     ended_s: float | None = None
@@ -87,7 +87,7 @@ class Operations:
         self._tell = tell
         self._clock = clock
         self._by_id: dict[str, Operation] = {}
-        self._running: dict[Wish, Operation] = {}
+        self._running: dict[AdminWish, Operation] = {}
 
     def __iter__(self) -> Iterator[Operation]:
         """From the newest to the oldest."""
@@ -107,12 +107,12 @@ class Operations:
         """The running operation that waits under this id of the registry's."""
         return next((o for o in self._running.values() if o.wish.operation == waiter), None)
 
-    def running(self, wish: Wish) -> Operation | None:
+    def running(self, wish: AdminWish) -> Operation | None:
         """The operation for the same wish (of the same model, with the same options) that goes on."""
         found = self._running.get(_anonymous(wish))
         return None if found is None or found.done() else found
 
-    def begin(self, wish: Wish, answer: asyncio.Future[None]) -> Operation:
+    def begin(self, wish: AdminWish, answer: asyncio.Future[None]) -> Operation:
         """Note a wish that is about to be considered; it has ended once `answer` is there."""
         operation = Operation(f"op-{secrets.token_hex(8)}", wish, answer, self._clock())
         self._by_id[operation.id] = self._running[_anonymous(wish)] = operation
@@ -140,7 +140,7 @@ def error_view(error: BaseException | None) -> dict[str, Any] | None:
     return {"code": MegptError.code, "message": "The server failed on it; its log has the details."}
 
 
-def _anonymous(wish: Wish) -> Wish:
+def _anonymous(wish: AdminWish) -> AdminWish:
     """The wish, whoever has it."""
     return replace(wish, operation=0)
 

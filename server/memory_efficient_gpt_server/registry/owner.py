@@ -12,26 +12,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from typing import Final
 
-from memory_efficient_gpt.errors import MegptError, ModelNotFoundError
+from memory_efficient_gpt.errors import ModelNotFoundError
 from memory_efficient_gpt_server.models import ModelEngine
 from memory_efficient_gpt_server.registry.answers import Answers
 from memory_efficient_gpt_server.registry.choice import Wish
 from memory_efficient_gpt_server.registry.chooser import Chooser
-from memory_efficient_gpt_server.registry.effects import (
-    Abort,
-    Effect,
-    Finish,
-    GrantLease,
-    GrowKv,
-    MoveKv,
-    Refuse,
-    StartLoad,
-    StartSleep,
-    StartUnload,
-    StartWake,
-)
+from memory_efficient_gpt_server.registry.deeds import Deeds
+from memory_efficient_gpt_server.registry.effects import Effect
 from memory_efficient_gpt_server.registry.events import (
     AdminLoad,
     AdminSleep,
@@ -47,24 +36,24 @@ from memory_efficient_gpt_server.registry.events import (
     Tick,
     UnloadMode,
 )
+from memory_efficient_gpt_server.registry.first_loads import FirstLoads
 from memory_efficient_gpt_server.registry.happenings import happenings
 from memory_efficient_gpt_server.registry.hosted import HostedModel, LoadableEngine
+from memory_efficient_gpt_server.registry.inbox import Inbox, asker
 from memory_efficient_gpt_server.registry.journal import Journal
-from memory_efficient_gpt_server.registry.kv_room import kv_bytes, kv_limit_bytes
 from memory_efficient_gpt_server.registry.lease import Lease
 from memory_efficient_gpt_server.registry.ledger import Budget
-from memory_efficient_gpt_server.registry.managed_engine import ManagedEngine
+from memory_efficient_gpt_server.registry.managed_engine import ManagedEngine, ManagedEngines
 from memory_efficient_gpt_server.registry.operations import Operation, Operations
-from memory_efficient_gpt_server.registry.operations import Wish as AdminWish
 from memory_efficient_gpt_server.registry.planning import LoadRequest, Plan, plan
 from memory_efficient_gpt_server.registry.processes import Processes
 from memory_efficient_gpt_server.registry.provisions import Provisions
 from memory_efficient_gpt_server.registry.records import Policy, RegistryState, VariantRecord
 from memory_efficient_gpt_server.registry.reducer import step
-from memory_efficient_gpt_server.registry.refusals import abort_error, error_for
 from memory_efficient_gpt_server.registry.states import Life, State
 from memory_efficient_gpt_server.registry.tally import Tally
 from memory_efficient_gpt_server.registry.variants import ModelEntry, VariantKey, find_entry
+from memory_efficient_gpt_server.registry.wishes import Wishes
 
 logger = logging.getLogger(__name__)
 
@@ -97,15 +86,16 @@ class Registry:
         """Held by whoever reads settings and then changes them (changes.py)."""
         self._provisions = Provisions(self.models)
         self._chooser = Chooser(self.models, self._provisions)
-        self._processes = Processes(self._make_engine, self._post, self._outlive, self.tally)
-        self._engines: dict[VariantKey, ManagedEngine] = {}
         self._clock = clock
-        self._inbox: asyncio.Queue[tuple[Event, asyncio.Future[bool] | None]] = asyncio.Queue()
+        self._inbox = Inbox()
         self._answers = Answers()
         self._leases: dict[int, Lease] = {}
-        self._loaded_once: set[str] = set()
-        self._owner: asyncio.Task[None] | None = None
-        self._first_loads: asyncio.Task[None] | None = None
+        self._processes = Processes(self._make_engine, self._post, self._outlived, self.tally)
+        self._engines = ManagedEngines(self._life, self._processes.engine)
+        self._deeds = Deeds(self._processes, self._answers, self._leases)
+        self._wishes = Wishes(self._answers, self._inbox, self.operations)
+        self._first_loads = FirstLoads(self.models.values())
+        self._tasks: list[asyncio.Task[None]] = []
 
     # ---- for those who serve requests
 
@@ -117,8 +107,11 @@ class Registry:
         return await self._chooser.choose(self.hosted(name), wish)
 
     def variants(self, model_id: str) -> tuple[VariantKey, ...]:
-        """The model as configured, then those that may be chosen or were: each once."""
-        model = self.models[model_id]
+        """The model as configured, then those that may be chosen or were: each once.
+
+        Raises ModelNotFoundError.
+        """
+        model = self.hosted(model_id)
         known = [key for key in self.state.records if key.model_id == model_id]
         return tuple(dict.fromkeys((model.key, *model.choices.listed, *known)))
 
@@ -131,18 +124,11 @@ class Registry:
 
     def engine(self, name: Named) -> ManagedEngine:
         """The variant's engine, loaded or not."""
-        key = self._key(name)
-        if key not in self._engines:
-            self._engines[key] = ManagedEngine(
-                str(key), lambda: self._life(key), lambda: self._processes.engine(key)
-            )
-        return self._engines[key]
+        return self._engines.of(self._key(name))
 
     def engines(self, model_id: str) -> tuple[ManagedEngine, ...]:
         """Those of all variants of a model that were ever used, of the configured one first."""
-        own = self.engine(model_id)
-        used = [engine for key, engine in self._engines.items() if key.model_id == model_id]
-        return tuple(dict.fromkeys((own, *used)))
+        return tuple(dict.fromkeys((self.engine(model_id), *self._engines.of_model(model_id))))
 
     def needs(self, model_id: str) -> bool:
         """Whether the server isn't ready for want of it: to be loaded at start, and never was or failed; or
@@ -152,9 +138,8 @@ class Registry:
         for key in self.variants(model_id):
             if self._life(key).state is State.READY and self.engine(key).state != "ready":
                 return True
-        if not self.models[model_id].at_start:
-            return False
-        return model_id not in self._loaded_once or self._life(self._key(model_id)).state is State.FAILED
+        key = self.models[model_id].key
+        return self._first_loads.due(key, self._life(key).state)
 
     async def grant(self, lease: Lease) -> ModelEngine:
         """Wait until the lease is granted. Raises MegptError; cancelled, nothing is asked for any more."""
@@ -228,38 +213,25 @@ class Registry:
         """
         key = self._key(name)
         estimate = (await self._provisions.of(key)).estimate
-        operation = self._answers.new_id()
-        return await self._begin(operation, key, AdminLoad(operation, key, estimate))
+        return await self._wishes.begin(lambda operation: AdminLoad(operation, key, estimate))
 
     async def unload(
         self, name: Named, mode: UnloadMode = UnloadMode.DRAIN, deadline_s: float | None = None
     ) -> Operation:
         """Unload a model; as `load`. deadline_s: for DRAIN, seconds until the work under way is cut."""
-        key, operation = self._key(name), self._answers.new_id()
-        return await self._begin(operation, key, AdminUnload(operation, key, mode, deadline_s))
+        key = self._key(name)
+        return await self._wishes.begin(lambda operation: AdminUnload(operation, key, mode, deadline_s))
 
     async def consider(self, event: Event) -> None:
         """Have the owner take a step with an event that is not answered. Raises DrainingError."""
-        waiter = self._answers.new_id()
-        closed = self._answers.expect(waiter, "", log_failure=True)
-        try:
-            stepped = await self._post_and_wait(event, closed)
-        finally:
-            self._answers.forget(waiter)
-        if closed.done():
-            closed.result()
-        if not stepped:
-            raise RuntimeError(f"the registry failed on {type(event).__name__}")
+        await self._wishes.consider(event)
 
     async def dismiss(self, name: str) -> None:
         """Forget a model none of whose variants is loaded or waited for.
 
         Raises ModelNotFoundError, ModelBusyError, DrainingError.
         """
-        model, waiter = self.hosted(name), self._answers.new_id()
-        answer = self._answers.expect(waiter, model.id, log_failure=True)
-        self._post(Removed(waiter, model.id))
-        await answer
+        await self._wishes.dismiss(self.hosted(name).id)
 
     async def adopt(self, model: HostedModel) -> None:
         """Offer one more model, whose id must be free. Raises DrainingError."""
@@ -270,37 +242,31 @@ class Registry:
 
     async def sleep(self, name: Named) -> Operation:
         """Put an idle model to sleep; as `load`. Raises ModelNotFoundError."""
-        key, operation = self._key(name), self._answers.new_id()
-        return await self._begin(operation, key, AdminSleep(operation, key))
+        key = self._key(name)
+        return await self._wishes.begin(lambda operation: AdminSleep(operation, key))
 
     async def wake(self, name: Named) -> Operation:
         """Wake a sleeping model; as `load`. Raises ModelNotFoundError."""
-        key, operation = self._key(name), self._answers.new_id()
-        return await self._begin(operation, key, AdminWake(operation, key))
+        key = self._key(name)
+        return await self._wishes.begin(lambda operation: AdminWake(operation, key))
 
     # ---- life
 
     def start(self) -> None:
         """Begin to work, and to load what is to be loaded at start: the pinned first, then by priority."""
-        self._owner = asyncio.create_task(self._run(), name="registry")
-        self._first_loads = asyncio.create_task(self._load_first(), name="first loads")
+        self._tasks = [
+            asyncio.create_task(self._run(), name="registry"),
+            asyncio.create_task(self._first_loads.begin(self.load), name="first loads"),
+        ]
 
     async def close(self, drain_s: float = 0.0) -> None:
         """Refuse everything from now on, then end all engines; they get `drain_s` seconds."""
         self._answers.close()
-        for task in (self._first_loads, self._owner):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        self._inbox.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._processes.close(drain_s)
-
-    async def _load_first(self) -> None:
-        first = [model for model in self.models.values() if model.at_start]
-        for model in sorted(first, key=lambda m: (not m.entry.pinned, -m.entry.priority)):
-            try:
-                await self.load(model.id)
-            except MegptError as error:
-                logger.error("%s is not loaded at start: %s", model.id, error.message)
 
     async def _run(self) -> None:
         next_look_s = self._clock()
@@ -309,14 +275,12 @@ class Registry:
                 next_look_s = self._clock() + TICK_S
                 self._processes.watch()
                 self._step(Tick())
-            try:
-                async with asyncio.timeout(max(0.0, next_look_s - self._clock())):
-                    event, stepped = await self._inbox.get()
-            except TimeoutError:
+            posted = await self._inbox.take(next_look_s - self._clock())
+            if posted is None:
                 continue
-            went_well = self._step(event)
-            if stepped is not None and not stepped.done():
-                stepped.set_result(went_well)
+            went_well = self._step(posted.event)
+            if posted.stepped is not None and not posted.stepped.done():
+                posted.stepped.set_result(went_well)
 
     def _step(self, event: Event) -> bool:
         """Returns whether it was taken: a step that fails changes nothing."""
@@ -325,18 +289,14 @@ class Registry:
             self.state, effects = step(before, event, now_s)
         except Exception:  # the task's boundary: the state is as it was, and the asker must not wait for ever
             logger.exception("The registry failed on %s.", type(event).__name__)
-            self._answers.give(_asker(event), RuntimeError(f"the registry failed on {type(event).__name__}"))
+            self._answers.give(asker(event), RuntimeError(f"the registry failed on {type(event).__name__}"))
             return False
         if isinstance(event, Loaded) and self.state.records[event.key].state is State.READY:
-            self._note_loaded(event.key)
+            self._first_loads.loaded(event.key)
         if isinstance(event, Removed) and event.model_id not in self.state.entries:
             self._forget(event.model_id)
         self._tell(before, event, effects, now_s)
-        for effect in effects:
-            try:
-                self._execute(effect)
-            except Exception:  # as above: the other effects are still due
-                logger.exception("The registry could not do %s.", effect)
+        self._deeds.do(effects, self.state)
         return True
 
     def _tell(self, before: RegistryState, event: Event, effects: tuple[Effect, ...], now_s: float) -> None:
@@ -348,57 +308,8 @@ class Registry:
     def _asked_for(self, waiter: int) -> VariantKey | None:
         return self._leases[waiter].key if waiter in self._leases else None
 
-    def _execute(self, effect: Effect) -> None:
-        match effect:
-            case GrantLease(waiter) | Finish(waiter):
-                self._answers.give(waiter)
-            case Refuse(waiter):
-                self._answers.give(waiter, error_for(effect, self._answers.model_id(waiter)))
-            case Abort(lease, key, reason):
-                if lease in self._leases:
-                    self._leases[lease].abort(abort_error(reason, str(key)))
-            case StartLoad(key, reserved):
-                logger.info("Loading %s.", key)
-                self._processes.load(key, reserved)
-            case StartUnload(key, reason):
-                logger.info("Unloading %s (%s).", key, reason)
-                self._processes.unload(key, reason)
-            case StartSleep(key, reason):
-                logger.info("Putting %s to sleep (%s).", key, reason)
-                self._processes.sleep(key, reason)
-            case StartWake(key, size):
-                logger.info("Waking %s.", key)
-                self._processes.wake(key, size)
-            case GrowKv(key):
-                self._processes.grow_kv(key, kv_limit_bytes(self.state, key))
-            case MoveKv(key):
-                had_bytes = kv_bytes(self.state.ledger, key)
-                self._processes.shrink_kv(key, kv_limit_bytes(self.state, key), had_bytes)
-
-    async def _begin(self, operation: int, key: VariantKey, wish: AdminWish) -> Operation:
-        """Post an administrator's wish and wait until it was considered; not if the same one goes on."""
-        same = self.operations.running(wish)
-        if same is not None:
-            return same
-        answer = self._answers.expect(operation, str(key), log_failure=True)
-        begun = self.operations.begin(wish, answer)
-        await self._post_and_wait(wish, answer)
-        return begun
-
-    async def _post_and_wait(self, event: Event, answer: asyncio.Future[None]) -> bool:
-        """Until the owner has taken its step, or the answer is there, as when it closes.
-
-        Returns whether the step was taken and did not fail.
-        """
-        stepped: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._post(event, stepped)
-        either: list[asyncio.Future[Any]] = [stepped, answer]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        return stepped.done() and stepped.result()
-
-    def _post(self, event: Event, stepped: asyncio.Future[bool] | None = None) -> None:
-        if not self._answers.closed:
-            self._inbox.put_nowait((event, stepped))
+    def _post(self, event: Event) -> None:
+        self._inbox.post(event)
 
     # ---- engines
 
@@ -411,37 +322,16 @@ class Registry:
         """Raises ModelNotFoundError."""
         return name if isinstance(name, VariantKey) else self.hosted(name).key
 
-    def _note_loaded(self, key: VariantKey) -> None:
-        if key == self.models[key.model_id].key:
-            self._loaded_once.add(key.model_id)
-
     def _forget(self, model_id: str) -> None:
         if self.models.pop(model_id, None) is None:
             return
-        for key in [key for key in self._engines if key.model_id == model_id]:
-            del self._engines[key]
-        self._loaded_once.discard(model_id)
+        self._engines.forget(model_id)
+        self._first_loads.forget(model_id)
         self._provisions.forget(model_id)
 
     def _life(self, key: VariantKey) -> Life:
         record = self.state.records.get(key)
         return Life() if record is None else record.life
 
-    def _outlive(self, key: VariantKey, engine: LoadableEngine) -> None:
-        self.engine(key).outlived(engine)
-
-
-def _asker(event: Event) -> int | None:
-    match event:
-        case Asked(waiter):
-            return waiter
-        case (
-            AdminLoad(operation)
-            | AdminUnload(operation)
-            | AdminSleep(operation)
-            | AdminWake(operation)
-            | Removed(operation)
-        ):
-            return operation
-        case _:
-            return None
+    def _outlived(self, key: VariantKey, engine: LoadableEngine) -> None:
+        self._engines.outlived(key, engine)

@@ -21,7 +21,6 @@ from memory_efficient_gpt_server.registry.victims import (
     Victims,
     Way,
     choose_victims,
-    held_by_device,
     load_rate,
     reload_s,
 )
@@ -167,7 +166,7 @@ def after_drains(view: RegistryView, missing: Mapping[str, int]) -> dict[str, in
     left = after_freeing(view, missing)
     for record in view.records.values():
         if left and record.state is State.DRAINING:
-            held = held_by_device(view.ledger, record.key)
+            held = view.ledger.held_by_device(record.key)
             if record.giving is not None:  # counted already, or another model's
                 held[record.needs.device] -= record.giving.bytes
             left = {device: n - held.get(device, 0) for device, n in left.items()}

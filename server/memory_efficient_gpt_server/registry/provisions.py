@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from memory_efficient_gpt.errors import MegptError
+from memory_efficient_gpt.errors import MegptError, ModelNotFoundError
 from memory_efficient_gpt_server.errors import LoadFailedError
 from memory_efficient_gpt_server.registry.hosted import HostedModel, Provision
 from memory_efficient_gpt_server.registry.variants import VariantKey
@@ -40,9 +40,11 @@ class Provisions:
         return self._known.get(key)
 
     async def of(self, key: VariantKey) -> Provision:
-        """The variant's provision. Raises LoadFailedError if its checkpoint is unusable."""
+        """The provision. Raises LoadFailedError if the checkpoint is unusable, ModelNotFoundError."""
         if key in self._known:
             return self._known[key]
+        if key.model_id not in self._hosted:  # removed since it was looked up
+            raise ModelNotFoundError(f"There is no model {key.model_id!r} here.", param="model")
         task = self._asked.get(key)
         if task is None:
             task = self._asked[key] = asyncio.create_task(self._look_at(key))

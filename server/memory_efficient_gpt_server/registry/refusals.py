@@ -45,7 +45,7 @@ def error_for(refusal: Refuse, model_id: str) -> MegptError:
             return ModelBusyError(f"Model {model_id} is in use or waited for: {remedy}.")
         case RefusalKind.MODEL_PINNED:
             return ModelPinnedError(
-                f"Model {model_id} is pinned, so it stays. Set pinned to false to unload it: "
+                f"Model {model_id} is pinned, so it stays as it is. Set pinned to false first: "
                 f"PATCH /admin/models/{model_id}, or `megpt set {model_id} pinned=false`."
             )
         case RefusalKind.WRONG_STATE:

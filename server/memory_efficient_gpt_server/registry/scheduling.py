@@ -12,7 +12,7 @@ from typing import Final
 
 from memory_efficient_gpt_server.registry.draft import Draft
 from memory_efficient_gpt_server.registry.effects import AbortReason, RefusalKind, UnloadReason
-from memory_efficient_gpt_server.registry.kv_sharing import ask_users
+from memory_efficient_gpt_server.registry.kv_sharing import ask_users, keep_gifts
 from memory_efficient_gpt_server.registry.load_queue import Waiter
 from memory_efficient_gpt_server.registry.planning import (
     LoadRequest,
@@ -55,7 +55,10 @@ def relieve(draft: Draft, *, drain: bool = True) -> bool:
     nobody goes in vain.
     """
     over = {d: n for d in draft.ledger.budgets if (n := draft.ledger.overcommitted_bytes(d)) > 0}
-    over = after_drains(draft, over) if over else over
+    if not over:
+        return True
+    keep_gifts(draft, over)
+    over = after_drains(draft, over)
     if not over:
         return True
     room = 0 if HOST in over else host_room_bytes(draft, {}, {})

@@ -19,7 +19,7 @@ READY only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -69,6 +69,12 @@ LIVELIEST_FIRST: Final = (
     _S.UNLOADED,
 )  # fmt: skip
 """Where one state must stand for several variants of a model: the first that any of them is in."""
+
+
+def liveliest(states: Iterable[str]) -> str:
+    """The one of several variants' states that stands for all; UNLOADED for none."""
+    known = set(states)
+    return next((state for state in LIVELIEST_FIRST if state in known), State.UNLOADED)
 
 
 @dataclass(frozen=True, slots=True)

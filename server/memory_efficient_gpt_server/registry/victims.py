@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Final
 
 from memory_efficient_gpt_server.registry.kv_room import spare_bytes
-from memory_efficient_gpt_server.registry.ledger import Ledger, Stage
+from memory_efficient_gpt_server.registry.ledger import Ledger
 from memory_efficient_gpt_server.registry.records import RegistryView, VariantRecord
 from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import HOST, VariantKey
@@ -115,15 +115,6 @@ def reload_s(view: RegistryView, record: VariantRecord) -> float:
     return sum([amount.bytes for amount in record.needs.awake()]) / load_rate(view)
 
 
-def held_by_device(ledger: Ledger, key: VariantKey) -> dict[str, int]:
-    """What ending the variant's process gives back, in bytes by device."""
-    held: dict[str, int] = {}
-    for e in ledger.of(key):
-        if e.stage is not Stage.LEAKED:
-            held[e.device] = held.get(e.device, 0) + e.bytes
-    return held
-
-
 def _may_go(
     view: RegistryView, record: VariantRecord, now_s: float, allow_young: bool, allow_busy: bool
 ) -> bool:
@@ -140,7 +131,7 @@ def _may_go(
 def _rank(
     view: RegistryView, record: VariantRecord, deficits: Mapping[str, int], now_s: float
 ) -> tuple[bool, int, float]:
-    held = held_by_device(view.ledger, record.key)
+    held = view.ledger.held_by_device(record.key)
     helping_bytes = sum([min(held.get(device, 0), missing) for device, missing in deficits.items()])
     idle_s = now_s - record.last_used_s
     score = idle_s / max(reload_s(view, record), LEAST_RELOAD_S) * helping_bytes
@@ -218,7 +209,7 @@ def _way_of(
     host_room_bytes: int | None,
 ) -> tuple[Way, dict[str, int]]:
     """How the victim would go, and the bytes that frees by device. given: what it gives without going."""
-    way, freed = Way.EVICT, held_by_device(ledger, record.key)
+    way, freed = Way.EVICT, ledger.held_by_device(record.key)
     if record.leases:
         way = Way.DRAIN
     elif record.state is State.READY and host_room_bytes is not None and can_park(record, host_room_bytes):

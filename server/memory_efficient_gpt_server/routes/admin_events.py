@@ -39,10 +39,10 @@ async def events(
     registry: CurrentRegistry,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """A stream of events: state (model, from, to, reason), load (result, seconds), eviction (reason, bytes),
-    refusal (code, requests), operation (id, state), budget, model (registered, changed, removed). Each has an
-    id; the header Last-Event-ID goes on after it. An event `missed` says how many events are lost to this
-    reader, `end` that the server shuts down."""
+    """A stream of events: state (model, from, to, reason), load (result, seconds), eviction (reason, way,
+    bytes), refusal (code, requests), operation (id, state), budget, model (registered, changed, removed).
+    Each has an id; the header Last-Event-ID goes on after it. An event `missed` says how many events are
+    lost to this reader, `end` that the server shuts down."""
     record = record_of(request)
     record.stream = True
     if record.method == "HEAD":

@@ -33,8 +33,8 @@ async def queue(registry: CurrentRegistry) -> dict[str, Any]:
 
 @router.get("/admin/operations")
 async def list_operations(registry: CurrentRegistry) -> dict[str, Any]:
-    """Loads and unloads that administrators have asked for, the newest first: those that go on, and the last
-    256 that ended."""
+    """What administrators have asked for (load, unload, sleep, wake), the newest first: what goes on, and the
+    last 256 that ended."""
     return {"operations": [operation_view(operation) for operation in registry.operations]}
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from memory_efficient_gpt_server.registry.events import AdminLoad, AdminUnload
+from memory_efficient_gpt_server.registry.events import AdminLoad, AdminUnload, LeaseReleased, Loaded
 from memory_efficient_gpt_server.registry.ledger import Budget
 from memory_efficient_gpt_server.registry.queue_view import queue_view
 from memory_efficient_gpt_server.registry.records import Policy
+from memory_efficient_gpt_server.registry.variants import HOST
 from tests.server.registry.registry_driver import GPU, A, B, C, Driver, elastic, size
 
 
@@ -108,6 +109,21 @@ def test_swaps_that_are_held_back_are_told_with_their_time() -> None:
     why = seen["groups"][0]["why"]
     assert (why["code"], why["evict"]) == ("churn_limited", ["A"])
     assert why["wait_s"] == seen["churn"]["wait_s"] == 49.0 and seen["churn"]["swaps"] == 1
+
+
+def test_who_would_sleep_for_a_load_is_told_apart_from_who_would_leave() -> None:
+    budgets = {GPU: Budget(130), HOST: Budget(120)}
+    driver = Driver(Policy(most_swaps=1, churn_window_s=50.0), budgets)
+    sleeper = size(60, can_sleep=True)
+    driver.load_idle(A, sleeper)
+    driver.load(C, size(60))  # in use: swaps would cost it
+    lease = driver.ask(B, sleeper)
+    driver.slept(A)
+    driver.feed(Loaded(B, sleeper))
+    driver.feed(LeaseReleased(lease, B))
+    driver.ask(A, sleeper)
+    why = view(driver)["groups"][0]["why"]
+    assert (why["code"], why["evict"], why["sleep"]) == ("churn_limited", [], ["B"])
 
 
 def test_one_whose_old_process_still_ends_waits_for_that() -> None:
