@@ -174,9 +174,8 @@ def measure_all(
                 results[name][workload] = {"error": str(error).splitlines()[0]}
             console.print(name, workload, _short(results[name][workload]))
             save(results)
-        graphs = getattr(engine._runner, "_graphs", None)
-        if graphs is not None:
-            results[name]["graphs"] = {"captured": graphs.captured, "replayed": graphs.replayed}
+        if (counts := _graph_counts(engine)) is not None:
+            results[name]["graphs"] = counts
         results[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
         save(results)
         engine.close()
@@ -184,6 +183,11 @@ def measure_all(
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def _graph_counts(engine: Engine) -> dict[str, int] | None:
+    graphs = getattr(engine._runner, "_graphs", None)
+    return None if graphs is None else {"captured": graphs.captured, "replayed": graphs.replayed}
 
 
 def _short(figure: Any) -> Any:

@@ -228,11 +228,14 @@ def build(
 def _fuse_on_cuda(model: PreTrainedModel, layers: list[LayerKV], device: torch.device) -> tuple[str, ...]:
     """Merge products first: what is fused around them is then tried on what will really run."""
     from memory_efficient_gpt.fusion.apply import fuse
+    from memory_efficient_gpt.fusion.kernels import kernels_for
     from memory_efficient_gpt.fusion.merge import merge_linears
     from memory_efficient_gpt.fusion.trial_run import packed_logits
 
     give_triton_kernels(model)
-    merged = merge_linears(model, lambda: packed_logits(model, layers, device))
+    kernels = kernels_for(model)
+    multiply = None if isinstance(kernels, Unavailable) else kernels.linear
+    merged = merge_linears(model, lambda: packed_logits(model, layers, device), multiply)
     return merged.summary(), fuse(model).summary()
 
 

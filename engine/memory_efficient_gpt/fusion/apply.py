@@ -30,6 +30,7 @@ from memory_efficient_gpt.native.layers import (
     NativeConv1D,
     NativeExperts,
     NativeLayer,
+    NativeLinear,
     become,
 )
 from memory_efficient_gpt.native.ops import Kernels
@@ -124,6 +125,8 @@ def _fuse_module(
         shape = kind.recognise(module)
         if shape is None:
             continue
+        if kind.layer is NativeLinear and not kernels.multiplies(cast(torch.Tensor, module.weight)):
+            return
         if (reason := _obstacle(module, kernels)) is not None:
             report.dropped[kind.name, reason] += 1
             return

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from memory_efficient_gpt.fusion.apply import TOLERANCES, relative_difference
-from memory_efficient_gpt.fusion.merged_linear import DenseProduct, MergedLinear, Mode, part_ways
+from memory_efficient_gpt.fusion.merged_fp8 import Fp8Product, fp8_weight_of
+from memory_efficient_gpt.fusion.merged_linear import DenseProduct, MergedLinear, Mode, Multiply, part_ways
 from memory_efficient_gpt.fusion.merged_quantized import TritonProduct, packed_of, quantized_obstacle
 from memory_efficient_gpt.fusion.structures import dtype_of, own_parameter
 from memory_efficient_gpt.quantization.modules import QuantizedModule
@@ -58,10 +59,12 @@ class MergeReport:
         return done + (f"; kept apart {kept}" if kept else "")
 
 
-def merge_linears(model: nn.Module, run: Run) -> MergeReport:
+def merge_linears(model: nn.Module, run: Run, multiply: Multiply | None = None) -> MergeReport:
     """Let one product compute linear layers of `model` that get the same input; changes the model in place.
 
-    run: see `Run`; it is called at most three times. Memory: one group's weights, twice, while it is merged;
+    run: see `Run`; it is called at most three times. multiply: how weights that are tensors are multiplied,
+    if not by torch.
+    Memory: one group's weights, twice, while it is merged;
     on CUDA the old ones of some groups more, until the allocator gives them back.
     Layers that have hooks or adapters, share a weight, or have a `forward` of their own are left alone, and
     quantized ones that are not on the Triton kernels.
@@ -80,7 +83,7 @@ def merge_linears(model: nn.Module, run: Run) -> MergeReport:
             report.dropped[f"the forward pass to find them failed ({_said(error)})"] += 1
             logger.warning(report.summary())
             return report
-        merged = list(_merged(groups, report))
+        merged = list(_merged(groups, multiply, report))
         reason = _model_difference(serving, [layers for layers, _ in merged])
         for layers, size in merged:
             if reason is None:
@@ -125,7 +128,8 @@ def _groups(model: nn.Module, run: Run) -> list[list[_Calls]]:
 def _plain_siblings(model: nn.Module) -> dict[nn.Linear, int]:
     """Layers that may be merged, and the parent of each: one that has several of them."""
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    owners.update(id(m.packed_weight) for m in model.modules() if isinstance(m, QuantizedModule))
+    quantized = [m for m in model.modules() if isinstance(m, QuantizedModule)]
+    owners.update(id(held) for m in quantized for held in (m.packed_weight, *m.buffers(recurse=False)))
     adapted = {id(m) for a in model.modules() if _ADAPTED in a._modules for m in a.modules()}
     siblings: dict[nn.Linear, int] = {}
     for parent in model.modules():
@@ -142,7 +146,10 @@ def _is_plain(layer: nn.Linear, owners: Counter[int]) -> bool:
         return False
     if isinstance(layer, QuantizedModule):
         packed = packed_of(layer)
-        return packed is not None and owners[id(packed)] == 1
+        if packed is not None:
+            return owners[id(packed)] == 1
+        weight = fp8_weight_of(layer)
+        return weight is not None and owners[id(weight.codes)] == 1
     if type(layer).forward is not nn.Linear.forward:
         return False
     tensors = list(layer.parameters())
@@ -150,7 +157,9 @@ def _is_plain(layer: nn.Linear, owners: Counter[int]) -> bool:
     return own and len(tensors) == (1 if own_parameter(layer, "bias") is None else 2)
 
 
-def _merged(groups: list[list[_Calls]], report: MergeReport) -> Iterator[tuple[list[MergedLinear], int]]:
+def _merged(
+    groups: list[list[_Calls]], multiply: Multiply | None, report: MergeReport
+) -> Iterator[tuple[list[MergedLinear], int]]:
     """Merge group by group; gives the layers of those whose numbers are right, with their count."""
     copied = 0
     for group in groups:
@@ -162,7 +171,7 @@ def _merged(groups: list[list[_Calls]], report: MergeReport) -> Iterator[tuple[l
         inputs = group[0].inputs
         want = [[layer(x) for x in inputs] for layer in layers]
         copied += sum(map(_weight_bytes, layers))
-        TritonProduct(layers) if isinstance(layers[0], QuantizedModule) else DenseProduct(layers)
+        _join(layers, multiply)
         merged: list[MergedLinear] = [layer for layer in layers if isinstance(layer, MergedLinear)]
         reason = _difference(inputs, merged, want)
         if reason is None:
@@ -174,6 +183,16 @@ def _merged(groups: list[list[_Calls]], report: MergeReport) -> Iterator[tuple[l
             copied = 0
 
 
+def _join(layers: list[nn.Linear], multiply: Multiply | None) -> None:
+    """Let the layers, which `_obstacle` lets pass, share a product."""
+    if packed_of(layers[0]) is not None:
+        TritonProduct(layers)
+    elif fp8_weight_of(layers[0]) is not None:
+        Fp8Product(layers)
+    else:
+        DenseProduct(layers, multiply)
+
+
 def _obstacle(layers: list[nn.Linear]) -> str | None:
     """Why these can't be one product."""
     if len({own_parameter(layer, "bias") is None for layer in layers}) > 1:
@@ -182,6 +201,10 @@ def _obstacle(layers: list[nn.Linear]) -> str | None:
     if any(weight is not None for weight in weights):
         packed = [weight for weight in weights if weight is not None]
         return quantized_obstacle(packed) if len(packed) == len(layers) else "some are quantized, others not"
+    eights = [weight for layer in layers if (weight := fp8_weight_of(layer)) is not None]
+    if eights:
+        alike = len(eights) == len(layers) and len({(w.num_inputs, w.codes.device) for w in eights}) == 1
+        return None if alike else "quantized differently"
     if len({(t.dtype, t.device) for layer in layers for t in layer.parameters()}) > 1:
         return "of different dtypes or devices"
     dtype = layers[0].weight.dtype
@@ -256,7 +279,10 @@ def _is_held(layer: MergedLinear) -> bool:
 
 def _weight_bytes(layer: nn.Linear) -> int:
     packed = packed_of(layer)
-    return packed.num_bytes if packed is not None else layer.weight.nbytes
+    if packed is not None:
+        return packed.num_bytes
+    eight = fp8_weight_of(layer)
+    return eight.num_bytes if eight is not None else layer.weight.nbytes
 
 
 def _said(error: Exception) -> str:

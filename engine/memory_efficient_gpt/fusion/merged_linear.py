@@ -16,7 +16,7 @@ Letters: K inputs, N outputs of all layers together.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -27,6 +27,8 @@ from torch.nn import functional
 from memory_efficient_gpt.fusion.structures import own_parameter
 
 Mode = Literal["whole", "parts", "off"]
+Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""x `[..., K]`, weight `[N, K]`, bias `[N]` or None to `[..., N]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +92,11 @@ class MergedProduct:
 class DenseProduct(MergedProduct):
     """Of weights that are tensors."""
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        """layers: in the order in which they are called; with weights `[n, K]` and biases alike, or none."""
+    def __init__(self, layers: Sequence[nn.Linear], multiply: Multiply | None = None) -> None:
+        """layers: in the order in which they are called; with weights `[n, K]` and biases alike, or none.
+        multiply: how the product is computed where it is one, if not by torch."""
         super().__init__([layer.weight.shape[0] for layer in layers])
+        self._multiply_whole = multiply
         with torch.no_grad():
             weight = torch.cat([layer.weight.data for layer in layers])
             biases = [bias for layer in layers if (bias := own_parameter(layer, "bias")) is not None]
@@ -124,7 +128,7 @@ class DenseProduct(MergedProduct):
         if bias is not None:
             bias = _all_of(bias, sum(self._sizes))
         if self.mode == "whole":
-            return functional.linear(x, weight, bias)
+            return (self._multiply_whole or functional.linear)(x, weight, bias)
         weights = weight.split(self._sizes)
         biases = bias.split(self._sizes) if bias is not None else [None] * self.layers
         return torch.cat([functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)

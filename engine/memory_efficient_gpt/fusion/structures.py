@@ -175,6 +175,12 @@ def _vectors(module: nn.Module) -> Iterable[tuple[torch.Tensor, ...]]:
     return [(draw(1, 3, size, like=weight),)]
 
 
+def _one_vector_and_several(module: nn.Module) -> Iterable[tuple[torch.Tensor, ...]]:
+    """There may be a kernel for one row."""
+    weight = cast(torch.Tensor, module.weight)
+    return [(draw(1, rows, weight.shape[1], like=weight),) for rows in (1, 3)]
+
+
 def _vectors_near_epsilon(module: nn.Module) -> Iterable[tuple[torch.Tensor, ...]]:
     """Ordinary ones, and some so small that a wrong epsilon shows."""
     weight = cast(torch.Tensor, module.weight)
@@ -198,7 +204,7 @@ def _routed_vectors(module: nn.Module) -> Iterable[tuple[torch.Tensor, ...]]:
 
 
 KINDS: Final = (
-    Kind("linear", NativeLinear, _is_linear, _plain, _vectors, cpu_only=True),
+    Kind("linear", NativeLinear, _is_linear, _plain, _one_vector_and_several),
     Kind("conv1d", NativeConv1D, _is_conv1d, _plain, _vectors, cpu_only=True),
     Kind("rms_norm", NativeRMSNorm, _is_rms_norm, _norm_settings, _vectors_near_epsilon),
     Kind("gated_mlp", NativeGatedMLP, _is_gated_mlp, _activation_settings, _vectors_of_all_sizes),

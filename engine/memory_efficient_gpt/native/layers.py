@@ -34,6 +34,12 @@ class LayerKernels(Protocol):
     @property
     def dtypes(self) -> frozenset[torch.dtype]: ...
 
+    def multiplies(self, weight: torch.Tensor) -> bool:
+        """Whether `linear` has a kernel for weight `[N, K]`."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x `[..., K]` times weight `[N, K]` transposed, plus bias `[N]`."""
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, style: NormStyle) -> torch.Tensor:
         """x `[..., D]` over its root mean square, times weight `[D]`."""
 
@@ -79,7 +85,6 @@ class NativeLayer(nn.Module):
 class NativeLinear(NativeLayer):
     """As nn.Linear."""
 
-    native_kernels: Kernels
     weight: torch.Tensor
     bias: torch.Tensor | None
 

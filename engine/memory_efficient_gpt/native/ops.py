@@ -128,6 +128,10 @@ class Kernels:
         """The most threads that a call uses."""
         return self.num_threads or torch.get_num_threads()
 
+    def multiplies(self, weight: torch.Tensor) -> bool:
+        """Whether `linear` has a kernel for weight `[N, K]`: for every one of these kernels' dtypes."""
+        return weight.dtype in self.dtypes
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x `[..., K]` times weight `[N, K]` transposed, plus bias `[N]`: `[..., N]`. Sums are float32.
 

@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 import torch
 import triton
 
+from memory_efficient_gpt.triton_kernels.availability import overlap_options
 from memory_efficient_gpt.triton_kernels.paged_attention import (
     join_splits_kernel,
     paged_attention_kernel,
@@ -99,6 +100,7 @@ def decode_rows(
             partial, step.query_starts, step.context_lens, _or(options.sinks, query), out, splits, window,
             H=heads, G=group, DV=value_dim, PV=triton.next_power_of_2(value_dim), LEAST=LEAST_SPLIT,
             MOST=MOST_SPLITS, has_sinks=options.sinks is not None, num_warps=1 if value_dim <= 64 else 2,
+            **overlap_options(query.device),
         )  # fmt: skip
 
 
@@ -128,7 +130,7 @@ def write_kv(
             slots, key.stride(0), key.stride(1), value.stride(0), value.stride(1), largest, H=heads,
             DK=key_dim, DV=value_dim, PK=triton.next_power_of_2(key_dim),
             PV=triton.next_power_of_2(value_dim), quantized=cache.key_scale is not None,
-            rounded=cache.key.dtype is torch.int8, num_warps=1,
+            rounded=cache.key.dtype is torch.int8, num_warps=1, **overlap_options(key.device),
         )  # fmt: skip
 
 
@@ -150,6 +152,7 @@ def _attend(
             MOST=MOST_SPLITS, quantized=cache.key_scale is not None, has_sinks=options.sinks is not None,
             has_slopes=options.alibi_slopes is not None, has_softcap=options.softcap is not None,
             decode=decode, precision=precision, num_warps=sizes.warps, num_stages=sizes.stages,
+            **overlap_options(query.device),
         )  # fmt: skip
 
 

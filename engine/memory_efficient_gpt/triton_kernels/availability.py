@@ -20,6 +20,22 @@ LEAST_CAPABILITY: Final = (8, 0)
 """Ampere: the first with bfloat16 in its tensor cores."""
 
 
+OVERLAP_CAPABILITY: Final = (9, 0)
+"""Hopper: the first whose kernels can begin while the one before runs."""
+
+
+@functools.cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel can begin on the CUDA device while the one before runs (overlap.py)."""
+    return torch.cuda.get_device_capability(device) >= OVERLAP_CAPABILITY
+
+
+def overlap_options(device: torch.device) -> dict[str, bool]:
+    """A kernel's `early` and the launch option that goes with it."""
+    early = can_overlap(device)
+    return {"early": early, "launch_pdl": early}
+
+
 def triton_obstacle(device: torch.device) -> str | None:
     """Why Triton kernels can't run on `device`, or None if they can."""
     if device.type != "cuda":

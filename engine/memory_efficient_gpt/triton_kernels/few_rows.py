@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from memory_efficient_gpt.triton_kernels.overlap import begin
 from memory_efficient_gpt.triton_kernels.parameters import SPAN, load_scale, shift_of
@@ -108,6 +109,8 @@ def few_rows_kernel(
             if parts > 2:
                 s2 = n2
                 s3 = n3
+    if early:
+        gdc_launch_dependents()
     if asymmetric and group == 0:
         shift = shift_of(tl.load(scales + rn), tl.load(offsets + rn), middle)
         result = tl.sum(total, axis=0) * tl.load(scales + rn).to(tl.float32)[:, None]

@@ -13,6 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from memory_efficient_gpt.triton_kernels.availability import overlap_options
+from memory_efficient_gpt.triton_kernels.overlap import follow
+
 MOST_INPUTS = 1 << 16
 
 
@@ -25,14 +28,23 @@ def rows_to_fp8(rows: torch.Tensor, largest: float, least: float) -> tuple[torch
     block = triton.next_power_of_2(k)
     with torch.cuda.device(rows.device):
         rows_to_fp8_kernel[(m,)](
-            rows, codes, scales, k, largest, least, BLOCK=block, num_warps=8 if block > 2048 else 4
+            rows,
+            codes,
+            scales,
+            k,
+            largest,
+            least,
+            BLOCK=block,
+            num_warps=8 if block > 2048 else 4,
+            **overlap_options(rows.device),
         )
     return codes, scales
 
 
 @triton.jit
-def rows_to_fp8_kernel(x, codes, scales, K, largest, least, BLOCK: tl.constexpr):
-    """Grid (M)."""
+def rows_to_fp8_kernel(x, codes, scales, K, largest, least, BLOCK: tl.constexpr, early: tl.constexpr):
+    """Grid (M). early: launched while the kernel before still runs."""
+    follow(early)
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     numbers = tl.load(x + row * K + k, mask=k < K, other=0.0).to(tl.float32)

@@ -5,6 +5,8 @@ Does not know: models, modules, how a launch is sized (layers.py).
 Invariant: a row's result depends on that row only; results are rounded where transformers' layers round them,
 and everything else is float32.
 
+early: a kernel was launched while the one before still runs (overlap.py).
+
 Letters: D elements of a row, T tokens, P the elements of a head that turn.
 """
 
@@ -13,16 +15,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from memory_efficient_gpt.triton_kernels.overlap import follow
+
 
 @triton.jit(do_not_specialize=["rows", "inner"])
 def rms_norm_kernel(
     x, weight, out, rows, inner, outer_stride, inner_stride, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, style: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, style: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """out `[rows, D]` = x over its root mean square, times weight `[D]`. Grid (ceil(rows / R),).
 
     Row r of x begins at r // inner * outer_stride + r % inner * inner_stride. BLOCK: D as a power of two.
     """
+    follow(early)
     row = tl.program_id(0) * R + tl.arange(0, R)
     at = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (at < D)[None, :]
@@ -43,9 +48,11 @@ def rms_norm_kernel(
 
 @triton.jit
 def gated_kernel(
-    gate, up, out, gate_stride, up_stride, D, BLOCK: tl.constexpr, activation: tl.constexpr
+    gate, up, out, gate_stride, up_stride, D, BLOCK: tl.constexpr, activation: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
     """out `[rows, D]` = activation(gate) * up, rows strides apart. Grid (rows, ceil(D / BLOCK))."""
+    follow(early)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < D
@@ -95,13 +102,14 @@ def _turn(
 def rotary_kernel(
     query, key, cos, sin, query_out, key_out, query_token_stride, query_head_stride, key_token_stride,
     key_head_stride, cos_stride, sin_stride, HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr,
-    P: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr,
+    P: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Turn query and key into query_out `[T, HQ, D]` and key_out `[T, HK, D]` by cos and sin `[T, P]`.
 
     Grid (T, ceil(HQ / BLOCK) + ceil(HK / BLOCK)): a program turns BLOCK heads of a token. HALF and REST:
     P / 2 and D - P as powers of two.
     """
+    follow(early)
     query_blocks: tl.constexpr = (HQ + BLOCK - 1) // BLOCK
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)

@@ -13,7 +13,10 @@ from typing import Any, ClassVar, Final
 
 import torch
 import triton
+from torch.nn import functional
 
+from memory_efficient_gpt.triton_kernels.availability import overlap_options
+from memory_efficient_gpt.triton_kernels.dense import DTYPES, few_rows_linear, takes
 from memory_efficient_gpt.triton_kernels.layer_kernels import gated_kernel, rms_norm_kernel, rotary_kernel
 from memory_efficient_gpt.triton_kernels.row_strides import one_stride, two_strides
 
@@ -37,6 +40,16 @@ class TritonKernels:
     def __deepcopy__(self, memo: dict[int, object]) -> TritonKernels:
         """Itself: there is nothing to copy."""
         return self
+
+    def multiplies(self, weight: torch.Tensor) -> bool:
+        """Whether `linear` has a kernel for weight `[N, K]`, for some numbers of rows."""
+        return weight.dtype in DTYPES and takes(1, weight)
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x `[..., K]` times weight `[N, K]` transposed plus bias `[N]`: by our kernel where it is ahead."""
+        if x.dtype is weight.dtype and takes(x.numel() // max(1, x.shape[-1]), weight):
+            return few_rows_linear(x, weight, bias)
+        return functional.linear(x, weight, bias)
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, style: str = "round_then_scale"
@@ -63,6 +76,7 @@ class TritonKernels:
             rms_norm_kernel[(-(-rows // rows_of_tile),)](
                 x, weight, out, rows, inner, outer_stride, inner_stride, eps, D=size, BLOCK=block,
                 R=rows_of_tile, style=style, num_warps=_warps(block * rows_of_tile),
+                **overlap_options(x.device),
             )  # fmt: skip
         return out
 
@@ -87,7 +101,7 @@ class TritonKernels:
         with _device(gate):
             gated_kernel[(out.numel() // size, -(-size // block))](
                 gate, up, out, gate_stride, up_stride, size, BLOCK=block, activation=activation,
-                num_warps=_warps(block),
+                num_warps=_warps(block), **overlap_options(gate.device),
             )  # fmt: skip
         return out
 
@@ -118,6 +132,7 @@ class TritonKernels:
                     key.stride(1), cos.stride(1), sin.stride(1), HQ=query.shape[1], HK=key.shape[1], D=size,
                     P=part, HALF=half, REST=triton.next_power_of_2(max(1, size - part)), BLOCK=block,
                     num_warps=_warps(2 * block * half), enable_fp_fusion=False,
+                    **overlap_options(query.device),
                 )  # fmt: skip
         return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
 

@@ -17,6 +17,7 @@ from typing import Final
 import torch
 from torch.nn import functional
 
+from memory_efficient_gpt.triton_kernels.availability import overlap_options
 from memory_efficient_gpt.triton_kernels.dequantize import dequantize_kernel
 from memory_efficient_gpt.triton_kernels.few_rows import few_rows_kernel
 from memory_efficient_gpt.triton_kernels.matmul import quantized_matmul_kernel
@@ -28,8 +29,6 @@ DTYPES: Final = (torch.bfloat16, torch.float16)
 _DEQUANTIZE_ROWS: Final = 64
 _LEAST_SUMS: Final = 1 << 20
 _LEAST_COUNTERS: Final = 4096
-_EARLY_MAJOR: Final = 9
-"""Compute capability from which a kernel can begin while the one before runs."""
 
 
 @dataclass(slots=True)
@@ -113,8 +112,7 @@ def _launch(rows: torch.Tensor, weight: TritonWeight, bias: torch.Tensor | None,
     )  # fmt: skip
     with torch.cuda.device(rows.device):
         if tile.few_rows:
-            early = _processor(rows.device)[0] >= _EARLY_MAJOR
-            few_rows_kernel[grid](*arguments, **constants, early=early, W=tile.warps, launch_pdl=early)
+            few_rows_kernel[grid](*arguments, **constants, W=tile.warps, **overlap_options(rows.device))
         else:
             quantized_matmul_kernel[grid](*arguments, **constants)
     return out

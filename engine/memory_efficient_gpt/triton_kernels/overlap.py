@@ -1,8 +1,12 @@
 """A kernel's beginning, while the kernel before it still runs (programmatic dependent launch, since Hopper).
 
-Purpose: fetch weights, which no kernel writes, into the L2 cache before the inputs are ready.
+Purpose: wait for the kernel before; fetch weights, which no kernel writes, into the L2 cache meanwhile.
 Does not know: what is computed.
-Invariant: nothing that another kernel may write is read, and nothing is written, before `begin` returns.
+Invariant: nothing that another kernel may write is read, and nothing is written, before `follow` or `begin`
+returns.
+
+A kernel lets the next one start by `gdc_launch_dependents`: small ones at once; those that keep the memory
+busy at their end only, since programs that start among theirs would be spread unevenly.
 """
 
 from __future__ import annotations
@@ -31,17 +35,31 @@ _PREFETCH = tl.constexpr(_LANES + 4 * _PIECE + "    mov.u32 $0, 0;\n}")
 
 
 @triton.jit
-def begin(codes, first, last, tile, P, width: tl.constexpr, BN: tl.constexpr, warps: tl.constexpr):
-    """Fetch this program's codes of spans first..last, let the next kernel start, wait for the one before.
+def follow(early: tl.constexpr):
+    """Let the next kernel start, then wait for the one before. early: it was launched so."""
+    if early:
+        gdc_launch_dependents()
+        gdc_wait()
 
-    tile: the program's outputs are tile * BN and on. width: words of a span. At most four spans a warp are
-    fetched.
+
+@triton.jit
+def prefetch(start, stride, pieces, size, warps: tl.constexpr):
+    """Fetch `pieces` times `size` bytes from the pointer `start`, `stride` bytes apart; at most four a warp.
+
+    All are multiples of 16 bytes.
     """
-    start = codes + (first.to(tl.int64) * P + tile * BN) * width
     tl.inline_asm_elementwise(
-        _PREFETCH, "=r,l,r,r,r,r",
-        [start.to(tl.int64), P * (width * 2), last + 1 - first, BN * width * 2, warps],
+        _PREFETCH, "=r,l,r,r,r,r", [start.to(tl.int64), stride, pieces, size, warps],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
-    gdc_launch_dependents()
+
+
+@triton.jit
+def begin(codes, first, last, tile, P, width: tl.constexpr, BN: tl.constexpr, warps: tl.constexpr):
+    """Fetch each warp's first span of this program's codes, from first..last; wait for the kernel before.
+
+    tile: the program's outputs are tile * BN and on. width: words of a span.
+    """
+    start = codes + (first.to(tl.int64) * P + tile * BN) * width
+    prefetch(start, P * (width * 2), tl.minimum(last + 1 - first, warps), BN * width * 2, warps)
     gdc_wait()

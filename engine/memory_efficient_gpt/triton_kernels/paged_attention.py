@@ -18,6 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from memory_efficient_gpt.triton_kernels.overlap import follow
+
 LOG2E = tl.constexpr(1.4426950408889634)
 NEVER = tl.constexpr(-1.0e30)
 """A logit that counts nothing; -inf would make NaN of rows that see no key in a tile."""
@@ -113,7 +115,7 @@ def paged_attention_kernel(
     H: tl.constexpr, G: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     PK: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr,
     MOST: tl.constexpr, quantized: tl.constexpr, has_sinks: tl.constexpr, has_slopes: tl.constexpr,
-    has_softcap: tl.constexpr, decode: tl.constexpr, precision: tl.constexpr,
+    has_softcap: tl.constexpr, decode: tl.constexpr, precision: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """decode: grid (S, H, splits), sequences with one query token, into partial; else (T // BQ + S, H, 1) and
     those with more, into out.
@@ -124,6 +126,7 @@ def paged_attention_kernel(
     partial `[S, H, splits, G, DV + 2] float32`: sums, then their weight, then the largest logit (base 2).
     PK, PV: DK and DV as powers of two. window 0: none.
     """
+    follow(early)
     BQ: tl.constexpr = 1 if decode else BM // G
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -196,9 +199,10 @@ def paged_attention_kernel(
 def join_splits_kernel(
     partial, query_starts, context_lens, sinks, out, splits, window,
     H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr, LEAST: tl.constexpr,
-    MOST: tl.constexpr, has_sinks: tl.constexpr,
+    MOST: tl.constexpr, has_sinks: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Grid (S, H * G): the outputs of sequences with one query token, from what their splits left."""
+    follow(early)
     sequence, query_head = tl.program_id(0), tl.program_id(1)
     start = tl.load(query_starts + sequence)
     if tl.load(query_starts + sequence + 1) - start == 1:
@@ -246,13 +250,14 @@ def _store_row(
 def write_kv_kernel(
     key, value, key_pages, value_pages, key_scales, value_scales, slots, key_token_stride, key_head_stride,
     value_token_stride, value_head_stride, largest, H: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    PK: tl.constexpr, PV: tl.constexpr, quantized: tl.constexpr, rounded: tl.constexpr,
+    PK: tl.constexpr, PV: tl.constexpr, quantized: tl.constexpr, rounded: tl.constexpr, early: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, H): key `[T, H, DK]` and value `[T, H, DV]`, rows contiguous, into pages `[N, BS, H, D]` at
     slots `[T]`.
 
     quantized: scales `[N, BS, H]` get the largest magnitude by `largest`; rounded: to integers.
     """
+    follow(early)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + token) * H + head
     d = tl.arange(0, PK)
