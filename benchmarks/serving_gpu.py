@@ -11,6 +11,7 @@ Invariant: every prompt is new (no prefix cache), every output has its full leng
 same with one new token. `decode_ctx8k_bB`: prompts of 8,192, 128 new ones. `prefill_8x8k_tok_s`: 8 prompts of
 8,192 tokens with one new token each. `mixed256`: 256 requests at once, prompts and outputs of 100 to 1,024
 tokens, temperature 0.6. Medians of three runs after one; mixed256 is run twice and the second one counts.
+`--steps` tells where the time of each workload's last run went, and costs some of it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.machine import accelerator_facts, versions
+from benchmarks.step_profile import StepProfile
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.core import Engine
 from memory_efficient_gpt.quantization.layers import find_layers
@@ -158,21 +160,29 @@ def measure(engine: Engine, workload: str) -> Any:
 
 
 def measure_all(
-    models: Sequence[str], workloads: Sequence[str], save: Callable[[dict[str, Any]], None]
+    models: Sequence[str],
+    workloads: Sequence[str],
+    save: Callable[[dict[str, Any]], None],
+    *,
+    steps: bool = False,
 ) -> None:
-    """Every workload of every model; `save` is called after each."""
+    """Every workload of every model; `save` is called after each. steps: profile each one's last run."""
     results: dict[str, Any] = {}
     console = Console()
     for name in models:
         engine, seconds = make_engine(name)
         results[name] = {"what": name.split("-")[0], "init_s": seconds, "notes": list(engine.info.notes)}
         console.print(f"{name}: ready after {seconds:.1f} s; {'; '.join(engine.info.notes)}")
+        profile = StepProfile(engine) if steps else None
         for workload in workloads:
             try:
                 results[name][workload] = measure(engine, workload)
             except torch.OutOfMemoryError as error:
                 results[name][workload] = {"error": str(error).splitlines()[0]}
             console.print(name, workload, _short(results[name][workload]))
+            if profile is not None:
+                profile.print(console)
+                results[name][f"{workload}_steps"] = profile.summary()
             save(results)
         if (counts := _graph_counts(engine)) is not None:
             results[name]["graphs"] = counts
@@ -207,6 +217,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--commit", default="unknown", help="what is measured, where git can't say")
+    parser.add_argument("--steps", action="store_true", help="tell where the time of steps goes, by kind")
     arguments = parser.parse_args()
 
     def save(results: dict[str, Any]) -> None:
@@ -214,7 +225,7 @@ def main() -> None:
                   "results": results}  # fmt: skip
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
-    measure_all(arguments.models, arguments.workloads, save)
+    measure_all(arguments.models, arguments.workloads, save, steps=arguments.steps)
 
 
 if __name__ == "__main__":

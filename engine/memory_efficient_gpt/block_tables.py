@@ -18,7 +18,8 @@ class BlockTables:
     """Block tables over one allocator.
 
     variant: whatever else decides a block's content (weights, KV type). window: if set, every layer
-    sees only that many tokens back, and blocks before them are given back.
+    sees only that many tokens back, and blocks before them are given back. `windowed`: whether it is set;
+    `caching`: whether full blocks are kept for others.
     """
 
     def __init__(self, allocator: BlockAllocator, *, variant: str, window: int | None) -> None:
@@ -26,6 +27,7 @@ class BlockTables:
         self._variant = variant
         self._window = window
         self._block_size = allocator.block_size
+        self.windowed, self.caching = window is not None, allocator.prefix_cache
 
     @property
     def num_free(self) -> int:
@@ -138,9 +140,9 @@ class BlockTables:
         return self._allocator.root_key(self._variant, request.adapter or "", request.cache_salt)
 
     def _register_full_blocks(self, seq: Sequence) -> None:
+        size = self._block_size
         if not (self._allocator.prefix_cache and seq.request.use_prefix_cache):
             return
-        size = self._allocator.block_size
         while (done := len(seq.block_keys)) < seq.num_committed // size:
             parent = seq.block_keys[-1] if done else self._root(seq)
             tokens = seq.tokens[done * size : (done + 1) * size]

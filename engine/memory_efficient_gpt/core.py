@@ -49,7 +49,7 @@ class Engine:
         self._sleepable = parts.sleepable
         self._depth = 1 if parts.overlap else 0
         self._debug_checks = debug_checks
-        self._scheduler = Scheduler(parts.scheduler_config, parts.allocator, self._is_stop)
+        self._scheduler = Scheduler(parts.scheduler_config, parts.allocator)
         self._kv_limit = parts.kv_limit
         self._pending: deque[tuple[Step, PendingStep]] = deque()
         self._eos = frozenset(self.info.eos_token_ids)
@@ -101,12 +101,17 @@ class Engine:
         meter = None
         if request.metered:
             meter = KvMeter(self._block_bytes, resumed=bool(request.resumed_token_ids))
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         sequences = []
         for index in request.open_indices:
             self._arrivals += 1
             mixed = (seed + index * _SEED_STRIDE) % 2**64
             tokens = [*request.prompt_token_ids, *request.tokens_before(index)]
-            sequences.append(Sequence(request, index, mixed, max_len, tokens, self._arrivals, meter=meter))
+            sequences.append(
+                Sequence(
+                    request, index, mixed, max_len, tokens, self._arrivals, stop_ids=stop_ids, meter=meter
+                )
+            )
         self._scheduler.add(sequences)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -238,10 +243,6 @@ class Engine:
                 "Shorten the prompt or lower max_tokens.",
                 param="prompt" if prompt_len >= limit else "max_tokens",
             )
-
-    def _is_stop(self, seq: Sequence, token_id: int) -> bool:
-        params = seq.request.params
-        return (token_id in self._eos and not params.ignore_eos) or token_id in params.stop_token_ids
 
     def _explain_failures(self, events: list[SequenceEvent]) -> None:
         for event in events:

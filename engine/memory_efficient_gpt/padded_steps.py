@@ -14,7 +14,7 @@ import torch
 
 from memory_efficient_gpt.attention.context import AttentionBackend, StepContext
 from memory_efficient_gpt.attention.interface import forward_packed
-from memory_efficient_gpt.sampling.batch import Draw
+from memory_efficient_gpt.sampling.batch import RowParameters
 from memory_efficient_gpt.sampling.draw import draw_tokens
 from memory_efficient_gpt.sampling.ordering import argmax
 from memory_efficient_gpt.sampling.sampler import Sampled
@@ -28,7 +28,7 @@ from memory_efficient_gpt.step_shape import (
     largest_shape,
     pack,
 )
-from memory_efficient_gpt.uploads import upload
+from memory_efficient_gpt.uploads import Staging
 
 _SAMPLE_BYTES: Final = 9
 """Of a sampled row: the token, and whether its logits were usable."""
@@ -66,6 +66,7 @@ class PaddedSteps:
         self._max_blocks = max_blocks
         largest = largest_shape(len(last_tokens) - 1, max_blocks * block_size)
         self._inputs = torch.zeros(self._fields(largest).size, dtype=torch.int32, device=self.device)
+        self._staging = Staging(len(self._inputs), self.device)
         self._tokens = torch.zeros(_SAMPLE_BYTES * largest.rows, dtype=torch.uint8, device=self.device)
         self._most_rows = largest.rows
         self._logits: torch.Tensor | None = None
@@ -73,8 +74,9 @@ class PaddedSteps:
     def load(self, layout: StepLayout, samples: RowsToSample, shape: StepShape) -> None:
         """Enqueue one copy of the step's numbers, padded to `shape`, to the device."""
         fields = self._fields(shape)
-        packed = pack(layout, samples, shape, fields, no_slot=len(self._last_tokens) - 1)
-        self._inputs[: fields.size].copy_(upload(packed, self.device), non_blocking=True)
+        packed = self._staging.take(fields.size)
+        pack(layout, samples, shape, fields, len(self._last_tokens) - 1, packed)
+        self._staging.send(self._inputs[: fields.size])
 
     def result(self, kind: StepKind, rows: int) -> torch.Tensor:
         """What the last step of that kind gave, to be read before the next one is computed: the logits
@@ -118,25 +120,35 @@ class PaddedSteps:
 
     def _choose(self, logits: torch.Tensor, kind: StepKind, fields: Fields) -> None:
         rows, packed = kind.shape.rows, self._inputs
-        best = argmax(logits)
+        parameters = self._parameters(fields) if kind.choice is Choice.DRAW else None
+        slots = packed[fields.token_slots]
+        kept_tokens = self._tokens[: 8 * rows].view(torch.int64)
+        kept_ok = self._tokens[8 * rows : _SAMPLE_BYTES * rows]
+        if self._backend.name == "triton":
+            from memory_efficient_gpt.triton_kernels.token_choice import choose
+
+            choose(logits, parameters, kept_tokens, kept_ok, self._last_tokens, slots)
+            return
+        tokens = best = argmax(logits)
         top = logits.gather(1, best[:, None])
         ok = top.squeeze(1).isfinite()
-        tokens = best
-        if kind.choice is Choice.DRAW:
-            temperature = packed[fields.temperatures].view(torch.float32)
-            draws = temperature > 0
-            draw = Draw(
-                rows=None,
-                temperature=torch.where(draws, temperature, 1.0)[:, None],
-                min_p=None,
-                uniform=packed[fields.uniforms].view(torch.float64)[:, None],
-                truncations=(),
-            )
-            tokens = torch.where(draws, draw_tokens(logits.float(), top.float(), draw).squeeze(1), best)
+        if parameters is not None:
+            drawn = draw_tokens(logits.float(), top.float(), parameters.as_draw(logits.shape[1]))
+            tokens = torch.where(parameters.temperature > 0, drawn.squeeze(1), best)
         tokens = torch.where(ok, tokens, 0)
-        self._last_tokens[packed[fields.token_slots]] = tokens
-        self._tokens[: 8 * rows].view(torch.int64).copy_(tokens)
-        self._tokens[8 * rows : _SAMPLE_BYTES * rows].view(torch.bool).copy_(ok)
+        self._last_tokens[slots] = tokens
+        kept_tokens.copy_(tokens)
+        kept_ok.copy_(ok)
+
+    def _parameters(self, fields: Fields) -> RowParameters:
+        packed = self._inputs
+        return RowParameters(
+            temperature=packed[fields.temperatures].view(torch.float32),
+            min_p=packed[fields.min_ps].view(torch.float32),
+            top_k=packed[fields.top_ks],
+            top_p=packed[fields.top_ps].view(torch.float64),
+            uniform=packed[fields.uniforms].view(torch.float64),
+        )
 
     def _fields(self, shape: StepShape) -> Fields:
         return fields_of(shape, shape.table_width(self._block_size, self._max_blocks))

@@ -20,7 +20,7 @@ from memory_efficient_gpt.padded_steps import PaddedSteps
 from memory_efficient_gpt.sequence import Step
 from memory_efficient_gpt.step_graphs import StepGraphs
 from memory_efficient_gpt.step_layout import StepLayout, StepTables
-from memory_efficient_gpt.step_sampling import PendingStep, draw, drawn, num_prompt_targets, simple_choice
+from memory_efficient_gpt.step_sampling import Chooser, PendingStep, draw, drawn, num_prompt_targets
 from memory_efficient_gpt.uploads import upload
 
 
@@ -65,6 +65,7 @@ class PackedRunner:
         self._tables = StepTables(max_num_seqs, max_blocks, pool.block_size)
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         self._keep_last_tokens = overlap
+        self._chooser = Chooser()
         self._graphs: StepGraphs | None = None
         if graphs:
             self._graphs = StepGraphs(
@@ -100,7 +101,9 @@ class PackedRunner:
             return self._draw(step, logits)
 
     def rest(self) -> None:
-        """Nothing to drop: a slot's rows are overwritten by its next owner."""
+        """A slot's rows are overwritten by its next owner; what knows the last sequences goes."""
+        self._tables.rest()
+        self._chooser.rest()
 
     def forget_addresses(self) -> None:
         """Graphs are captured anew when steps repeat."""
@@ -109,16 +112,17 @@ class PackedRunner:
 
     def _replay(self, step: Step, layout: StepLayout, graphs: StepGraphs) -> PendingStep | None:
         """Run the step as a graph; None if it is not one for a graph."""
-        if any(chunk.prompt_logprobs is not None for chunk in step.chunks):
+        if step.first is None and any(chunk.prompt_logprobs is not None for chunk in step.chunks):
             return None
-        choice, samples = simple_choice(step, layout)
+        choice, samples = self._chooser.choose(step, layout)
         result = graphs.run(layout, samples, choice)
         if result is None:
             return None
-        return self._draw(step, result) if choice is None else drawn(result, len(step.samples))
+        return self._draw(step, result) if choice is None else drawn(result, len(samples.logit_rows))
 
     def _draw(self, step: Step, logits: torch.Tensor) -> PendingStep:
-        pending = draw(step, logits, self._end_ids, self._last_tokens if self._keep_last_tokens else None)
+        last_tokens = self._last_tokens if self._keep_last_tokens else None
+        pending = draw(step, logits, self._end_ids, last_tokens, kernel=self._backend.name == "triton")
         if pending.token_ids is not None and self._keep_last_tokens:
             slots = np.asarray([s.seq.slot for s in step.samples], dtype=np.int64)
             self._last_tokens[upload(slots, self._device)] = pending.token_ids

@@ -13,12 +13,13 @@ its own and is computed again later; with the prefix cache, most of that is foun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 
 from memory_efficient_gpt.block_tables import BlockTables
 from memory_efficient_gpt.engine_info import EngineStats
 from memory_efficient_gpt.kv_cache.blocks import BlockAllocator
+from memory_efficient_gpt.repetition import Repetition
 from memory_efficient_gpt.request import FinishReason, SequenceEvent, TokenLogprob
 from memory_efficient_gpt.sequence import Chunk, Sample, Sequence, Status, Step, StepOutcome
 from memory_efficient_gpt.waiting import WaitingQueue
@@ -43,21 +44,17 @@ class SchedulerConfig:
 class Scheduler:
     """Plans steps over sequences; `plan` and `commit` alternate, with at most one step in between."""
 
-    def __init__(
-        self,
-        config: SchedulerConfig,
-        allocator: BlockAllocator,
-        is_stop: Callable[[Sequence, int], bool],
-    ) -> None:
+    def __init__(self, config: SchedulerConfig, allocator: BlockAllocator) -> None:
         self._config = config
         self._allocator = allocator
         self._tables = BlockTables(allocator, variant=config.variant, window=config.window)
-        self._is_stop = is_stop
+        self._repetition = Repetition(self._tables, allocator.block_size)
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._live: dict[str, list[Sequence]] = {}
         self._refused: tuple[Sequence, int] | None = None
+        self._outputs: Counter[str] = Counter()
         self.stats = EngineStats(num_kv_blocks=allocator.num_blocks - 1)
 
     @property
@@ -99,31 +96,45 @@ class Scheduler:
 
     def plan(self) -> Step | None:
         """The next step, or None when nothing can be computed now. Takes blocks, may preempt."""
+        if not self._may_admit() and (repeated := self._repetition.next()) is not None:
+            return repeated
         step = Step()
         preempted = False
-        candidates = [s for s in self._running if s.num_unscheduled > 0 and not s.exhausted]
-        candidates.sort(key=lambda s: not s.decoding)  # stable: decodes first, each by age
+        candidates = self._candidates()
         for position, seq in enumerate(candidates):
             if seq.status is not Status.RUNNING:
                 continue
             num_tokens = self._num_tokens(step, seq, prompts=len(candidates) - position - 1)
             if num_tokens <= 0:
                 continue
-            if self._tables.missing(seq, num_tokens) > self._tables.num_free:
+            missing = self._tables.missing(seq, num_tokens)
+            if missing > self._tables.num_free:
                 victims = [c for c in candidates[position + 1 :] if c.status is Status.RUNNING]
                 preempted |= self._make_room(seq, num_tokens, victims)
             if seq.status is Status.RUNNING:
-                self._schedule(step, seq, num_tokens)
+                self._schedule(step, seq, num_tokens, extend=missing > 0)
         if not preempted:
             self._admit(step)
+        self._repetition.begin(step, len(self._running))
         return step if step.chunks else None
 
     def commit(self, step: Step, outcome: StepOutcome) -> list[SequenceEvent]:
         """Take in what a step gave: append tokens, cache full blocks, finish what is done."""
-        for number, chunk in enumerate(step.chunks):
-            self._commit_chunk(chunk, outcome.prompt_logprobs.get(number))
+        planned = step.first or step
+        tables, size = self._tables, self._allocator.block_size
+        for number, chunk in enumerate(planned.chunks):
+            if chunk.prompt_logprobs is not None:
+                self._take_prompt_logprobs(chunk, outcome.prompt_logprobs.get(number))
+            seq = chunk.seq
+            if seq.epoch != chunk.epoch or seq.status is not Status.RUNNING:
+                continue  # preempted, finished or aborted since it was planned
+            end = chunk.start + step.ahead + chunk.num_tokens
+            if end > seq.num_committed:
+                seq.num_committed = end
+            if tables.windowed or (tables.caching and len(seq.block_keys) < end // size):
+                tables.committed(seq)
         events = []
-        for number, sample in enumerate(step.samples):
+        for number, sample in enumerate(planned.samples):
             seq = sample.seq
             if seq.status is Status.FINISHED:
                 continue
@@ -132,6 +143,7 @@ class Scheduler:
             if seq.meter is not None:
                 event.cost = seq.meter.cost()
             events.append(event)
+        self._charge_outputs()
         return events
 
     def snapshot(self) -> EngineStats:
@@ -159,6 +171,29 @@ class Scheduler:
             assert len(seq.blocks) * self._allocator.block_size >= seq.num_scheduled
 
     # Planning
+
+    def _may_admit(self) -> bool:
+        """Whether a waiting sequence may start; False is certain."""
+        seq = self._waiting.peek() if self._free_slots else None
+        return seq is not None and not self._refused_as_before(seq)
+
+    def _refused_as_before(self, seq: Sequence) -> bool:
+        """Whether `seq` found no room when as much was free: its prompt is not hashed in every step."""
+        if not self._running or self._refused is None:
+            return False
+        refused, num_free = self._refused
+        return refused is seq and self._tables.num_free <= num_free
+
+    def _candidates(self) -> list[Sequence]:
+        """Running sequences with something to compute: decodes first, each by age."""
+        decodes: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for seq in self._running:
+            total = len(seq.tokens) + seq.in_flight
+            missing = total - seq.num_scheduled
+            if missing > 0 and total < seq.max_len:
+                (decodes if missing == 1 and seq.num_scheduled > 0 else prompts).append(seq)
+        return decodes + prompts
 
     def _num_tokens(self, step: Step, seq: Sequence, *, prompts: int) -> int:
         """How many of the sequence's next positions the step takes; `prompts`: as for `_chunk_limit`."""
@@ -193,13 +228,14 @@ class Scheduler:
                 break
         return preempted
 
-    def _schedule(self, step: Step, seq: Sequence, num_tokens: int) -> None:
-        copy = self._tables.extend(seq, num_tokens)
+    def _schedule(self, step: Step, seq: Sequence, num_tokens: int, *, extend: bool = True) -> None:
+        """extend: whether it may need blocks."""
+        copy = self._tables.extend(seq, num_tokens) if extend else None
         if copy is not None:
             step.copies.append(copy)
         wanted = seq.wanted_prompt_logprobs
-        if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) >= seq.prompt_len:
-            wanted = None
+        if wanted is not None and seq.prompt_logprobs is not None:
+            wanted = None if len(seq.prompt_logprobs) >= seq.prompt_len else wanted
         step.chunks.append(Chunk(seq, seq.num_scheduled, num_tokens, seq.epoch, wanted))
         step.num_tokens += num_tokens
         step.num_decodes += seq.decoding
@@ -224,6 +260,7 @@ class Scheduler:
         self._start(sibling)
 
     def _start(self, seq: Sequence) -> None:
+        self._repetition.end()
         seq.status = Status.RUNNING
         seq.slot = self._free_slots.pop()
         self._running.append(seq)
@@ -245,10 +282,8 @@ class Scheduler:
 
     def _find_room(self, seq: Sequence) -> bool:
         """Whether all of the prompt fits now; if so, it has taken its cached blocks."""
-        if self._running and self._refused is not None:
-            refused, num_free = self._refused
-            if refused is seq and self._tables.num_free <= num_free:
-                return False  # as last time: the prompt is not hashed again in every step
+        if self._refused_as_before(seq):
+            return False
         found = self._tables.find_cached(seq)
         if self._running and self._tables.missing_for_admission(seq, found) > 0:
             self._refused = seq, self._tables.num_free
@@ -278,6 +313,7 @@ class Scheduler:
         self._waiting.add_preempted(seq)
 
     def _leave(self, seq: Sequence) -> None:
+        self._repetition.end()
         self._tables.release(seq)
         self._running.remove(seq)
         assert seq.slot is not None
@@ -286,45 +322,47 @@ class Scheduler:
 
     # Committing
 
-    def _commit_chunk(self, chunk: Chunk, prompt_logprobs: list[TokenLogprob] | None) -> None:
+    def _take_prompt_logprobs(self, chunk: Chunk, logprobs: list[TokenLogprob] | None) -> None:
         seq = chunk.seq
-        stale = seq.epoch != chunk.epoch
-        if prompt_logprobs and (not stale or chunk.start + chunk.num_tokens >= seq.prompt_len):
-            seq.prompt_logprobs = [*(seq.prompt_logprobs or [None]), *prompt_logprobs]
-        elif chunk.prompt_logprobs is not None and seq.prompt_len == 1:
+        if logprobs and (seq.epoch == chunk.epoch or chunk.start + chunk.num_tokens >= seq.prompt_len):
+            seq.prompt_logprobs = [*(seq.prompt_logprobs or [None]), *logprobs]
+        elif seq.prompt_len == 1:
             seq.prompt_logprobs = [None]
-        if stale or seq.status is not Status.RUNNING:
-            return  # preempted, finished or aborted since it was planned
-        seq.num_committed = max(seq.num_committed, chunk.start + chunk.num_tokens)
-        self._tables.committed(seq)
 
     def _commit_token(self, seq: Sequence, number: int, outcome: StepOutcome) -> SequenceEvent:
-        event = SequenceEvent(request_id=seq.request.id, index=seq.index)
-        if len(seq.tokens) == seq.prompt_len:
+        request, tokens, token = seq.request, seq.tokens, outcome.token_ids[number]
+        event = SequenceEvent(request_id=request.id, index=seq.index, token_ids=[])
+        if len(tokens) == len(request.prompt_token_ids):
             event.num_cached_tokens = seq.num_cached_tokens or 0
             if seq.index == 0:
                 event.prompt_logprobs = seq.prompt_logprobs
                 self.stats.prompt_tokens += seq.prompt_len
-        token = outcome.token_ids[number]
         if not outcome.ok[number]:
             self._tables.distrust(seq)
             return self._end(seq, event, FinishReason.ERROR)
-        if self._is_stop(seq, token):
+        if token in seq.stop_ids:
             event.stop_token_id = token
             return self._end(seq, event, FinishReason.STOP)
-        seq.tokens.append(token)
-        self.stats.generated_tokens += 1
-        self._waiting.charge(seq.request.client, output_tokens=1)
+        tokens.append(token)
+        self._outputs[request.client] += 1
         event.token_ids.append(token)
         logprob = outcome.logprobs[number]
         if logprob is not None:
             event.logprobs = [logprob]
-        if len(seq.tokens) >= seq.max_len:
+        if len(tokens) >= seq.max_len:
             return self._end(seq, event, FinishReason.LENGTH)
         return event
 
+    def _charge_outputs(self) -> None:
+        """Account the output tokens of each client, those of one step together."""
+        for client, count in self._outputs.items():
+            self.stats.generated_tokens += count
+            self._waiting.charge(client, output_tokens=count)
+        self._outputs.clear()
+
     def _end(self, seq: Sequence, event: SequenceEvent, reason: FinishReason) -> SequenceEvent:
         event.finish_reason = reason
+        self._charge_outputs()  # before its client may be forgotten
         self._finish(seq)
         return event
 

@@ -36,7 +36,8 @@ class Sequence:
     `slot` is its row in the runner's tables while RUNNING. `epoch` grows whenever its KV is dropped,
     so that a step planned before is recognised as stale. `dirty_from` is the first entry of `blocks`
     that the runner has not seen. `block_keys` are the prefix-cache keys of its leading full blocks.
-    `distinct_prompt` is filled in when a penalty first needs it. `meter` is its request's, if any.
+    `distinct_prompt` is filled in when a penalty first needs it. `stop_ids` are the tokens that end it.
+    `meter` is its request's, if any.
     """
 
     request: Request
@@ -58,6 +59,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     siblings: tuple[Sequence, ...] = ()
     distinct_prompt: tuple[int, ...] | None = None
+    stop_ids: frozenset[int] = frozenset()
     meter: KvMeter | None = None
 
     @property
@@ -105,38 +107,65 @@ class Sequence:
         self.epoch += 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Chunk:
-    """Positions start .. start + num_tokens - 1 of one sequence, computed in one step."""
+    """Positions start .. start + num_tokens - 1 of one sequence, computed in one step. Never changed."""
 
-    seq: Sequence
+    seq: Sequence  # not frozen: hundreds are made for a step, and frozen ones take three times as long
     start: int
     num_tokens: int
     epoch: int
     prompt_logprobs: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Sample:
-    """One token to draw from the last position of chunk number `chunk`; `output_index` counts from 0."""
+    """One token to draw from the last position of chunk number `chunk`; `output_index` counts from 0.
+    Never changed."""
 
     seq: Sequence
     chunk: int
     output_index: int
 
 
-@dataclass(slots=True)
 class Step:
     """What one forward pass computes. `copies` (source, target) blocks come before everything else.
 
     num_decodes: how many of the chunks are one token of a sequence that is past its prompt.
+
+    A step may repeat an earlier one, `first`, `ahead` positions later: one token of each of the same decoding
+    sequences, in the same order. Its chunks and samples are made when somebody asks for them; who keeps
+    what follows from `first` needs neither.
     """
 
-    chunks: list[Chunk] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    num_tokens: int = 0
-    num_decodes: int = 0
+    __slots__ = ("_chunks", "_samples", "ahead", "copies", "first", "num_decodes", "num_tokens")
+
+    def __init__(self, first: Step | None = None, ahead: int = 0) -> None:
+        self.first = first
+        self.ahead = ahead
+        self._chunks: list[Chunk] | None = [] if first is None else None
+        self._samples: list[Sample] | None = [] if first is None else None
+        self.copies: list[tuple[int, int]] = []
+        self.num_tokens: int = 0 if first is None else first.num_tokens
+        self.num_decodes: int = self.num_tokens
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """The parts of sequences that it computes."""
+        if self._chunks is None:
+            assert self.first is not None
+            ahead = self.ahead
+            self._chunks = [Chunk(c.seq, c.start + ahead, 1, c.epoch) for c in self.first.chunks]
+        return self._chunks
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The tokens that are drawn behind them."""
+        if self._samples is None:
+            assert self.first is not None
+            ahead = self.ahead
+            self._samples = [Sample(s.seq, s.chunk, s.output_index + ahead) for s in self.first.samples]
+        return self._samples
 
 
 @dataclass(slots=True)

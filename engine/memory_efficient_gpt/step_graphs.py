@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 from memory_efficient_gpt.padded_steps import PaddedSteps, StepKind
+from memory_efficient_gpt.request import SamplingParams
+from memory_efficient_gpt.sampling.batch import HostParameters
 from memory_efficient_gpt.step_layout import StepLayout
 from memory_efficient_gpt.step_shape import Choice, RowsToSample, shape_of
 
@@ -56,7 +58,8 @@ class StepGraphs:
     def check(self, vocabulary: int, no_slot: int) -> str | None:
         """Compute one token call by call and by a graph; why graphs are not used then, or None.
 
-        no_slot: an element of last_tokens that belongs to no slot. Writes to the trash block only.
+        no_slot: an element of last_tokens that belongs to no slot. Writes to the trash block only. Tokens are
+        chosen once, too, so that no request waits for that kernel to be compiled.
         """
         one = np.zeros(1, dtype=np.int32)
         layout = StepLayout(
@@ -74,6 +77,10 @@ class StepGraphs:
             and not torch.equal(own, replayed)
         ):
             self._give_up("a captured step gave other logits than its calls")
+        if self.obstacle is None:
+            draws = RowsToSample(one, one + no_slot, HostParameters([SamplingParams()]), np.zeros(1))
+            self.run(layout, samples, Choice.GREEDY)
+            self.run(layout, draws, Choice.DRAW)
         return self.obstacle
 
     def forget(self) -> None:

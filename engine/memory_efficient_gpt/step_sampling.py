@@ -10,11 +10,14 @@ Rows of a step's logits: one for each sample, then one for each prompt token who
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from memory_efficient_gpt.padded_steps import sampled_rows
+from memory_efficient_gpt.request import SamplingParams
 from memory_efficient_gpt.sampling import (
     LogprobTensors,
     Sampled,
@@ -23,9 +26,9 @@ from memory_efficient_gpt.sampling import (
     prompt_logprobs,
     sample,
 )
-from memory_efficient_gpt.sampling.batch import takes_most_likely
+from memory_efficient_gpt.sampling.batch import HostParameters
 from memory_efficient_gpt.sampling.logprobs import copy_to_host
-from memory_efficient_gpt.sampling.rng import uniforms
+from memory_efficient_gpt.sampling.rng import numbers_of, streams
 from memory_efficient_gpt.sequence import Chunk, Sample, Sequence, Step, StepOutcome
 from memory_efficient_gpt.step_layout import StepLayout
 from memory_efficient_gpt.step_shape import Choice, RowsToSample
@@ -63,17 +66,20 @@ def draw(
     logits: torch.Tensor,
     end_ids: tuple[int, ...],
     last_tokens: torch.Tensor | None = None,
+    *,
+    kernel: bool = False,
 ) -> PendingStep:
     """Sample from logits `[R, V]` (see the module's docstring for the rows) without waiting.
 
     end_ids: the model's end-of-sequence tokens. last_tokens `[slots] int64`: each slot's newest token,
-    where tokens may not have been read by the host yet.
+    where tokens may not have been read by the host yet. kernel: see SamplingBatch.
     """
     pending = PendingStep()
     count = len(step.samples)
     if count:
         rows = [_sample_row(s, end_ids) for s in step.samples]
-        batch = SamplingBatch(rows, logits.device, _unread_tokens(step.samples, rows, last_tokens))
+        unread = _unread_tokens(step.samples, rows, last_tokens)
+        batch = SamplingBatch(rows, logits.device, unread, kernel=kernel)
         sampled = sample(logits[:count], batch)
         pending.token_ids = sampled.token_ids
         pending.sampled = sampled.to_host()
@@ -101,31 +107,58 @@ def drawn(buffer: torch.Tensor, rows: int) -> PendingStep:
     return pending
 
 
-def simple_choice(step: Step, layout: StepLayout) -> tuple[Choice | None, RowsToSample]:
-    """What a graph needs to know of a step's samples, and whether it can choose their tokens itself.
+class Chooser:
+    """Tells a graph how to choose a step's tokens; keeps what steps that repeat each other share."""
 
-    It can't (None) if any row wants logprobs, filters or changed logits.
-    """
-    rows = np.asarray([layout.query_starts[s.chunk + 1] - 1 for s in step.samples], dtype=np.int32)
-    slots = np.asarray([s.seq.slot for s in step.samples], dtype=np.int32)
-    if not all(map(_plain, step.samples)):
-        return None, RowsToSample(rows, slots)
-    params = [sample.seq.request.params for sample in step.samples]
-    temperatures = [0.0 if takes_most_likely(p) else p.temperature for p in params]
-    if not any(temperatures):
-        return Choice.GREEDY, RowsToSample(rows, slots)
-    numbers = uniforms([s.seq.seed for s in step.samples], [s.output_index for s in step.samples])
-    return Choice.DRAW, RowsToSample(rows, slots, np.asarray(temperatures, dtype=np.float32), numbers)
+    def __init__(self) -> None:
+        self._kept: _Choosing | None = None
+
+    def choose(self, step: Step, layout: StepLayout) -> tuple[Choice | None, RowsToSample]:
+        """What a graph needs to know of a step's samples, and whether it can choose their tokens itself.
+
+        It can't (None) if any row wants logprobs or changed logits.
+        """
+        planned = step.first or step
+        if step.first is None or self._kept is None or self._kept.step is not planned:
+            self._kept = _Choosing(planned, layout.query_starts)
+        return self._kept.at(step.ahead)
+
+    def rest(self) -> None:
+        """No sequence is running: keep none of the last ones."""
+        self._kept = None
 
 
-def _plain(sample: Sample) -> bool:
-    """Whether the token is the most likely one, or drawn by temperature from the model's own logits."""
-    params = sample.seq.request.params
-    if params.penalized or params.logit_bias or params.logprobs is not None:
-        return False
-    if sample.output_index < params.min_tokens:
-        return False
-    return takes_most_likely(params) or (params.top_k is None and params.top_p == 1.0 and not params.min_p)
+class _Choosing:
+    """How tokens of one step, and of those that repeat it, are chosen."""
+
+    def __init__(self, step: Step, query_starts: npt.NDArray[np.int32]) -> None:
+        self.step = step
+        samples = step.samples
+        self._rows = query_starts[[s.chunk + 1 for s in samples]] - 1 if samples else _NO_ROWS
+        self._slots = np.array([s.seq.slot for s in samples], dtype=np.int32)
+        params = [sample.seq.request.params for sample in samples]
+        self._parameters = HostParameters(params)
+        self._counters = np.array([s.output_index for s in samples], dtype=np.uint64)
+        self._streams = streams([s.seq.seed for s in samples])
+        self._plain = all(map(_plain, params))
+        held = [p.min_tokens - s.output_index for p, s in zip(params, samples, strict=True)]
+        self._least = max(held, default=0)
+
+    def at(self, ahead: int) -> tuple[Choice | None, RowsToSample]:
+        if not self._plain or ahead < self._least:
+            return None, RowsToSample(self._rows, self._slots)
+        if not self._parameters.draws:
+            return Choice.GREEDY, RowsToSample(self._rows, self._slots)
+        numbers = numbers_of(self._streams, self._counters + np.uint64(ahead))
+        return Choice.DRAW, RowsToSample(self._rows, self._slots, self._parameters, numbers)
+
+
+_NO_ROWS: Final = np.zeros(0, dtype=np.int32)
+
+
+def _plain(params: SamplingParams) -> bool:
+    """Whether tokens are chosen from the model's own logits, and nothing else is wanted of these."""
+    return not (params.penalized or params.logit_bias or params.logprobs is not None)
 
 
 def num_prompt_targets(chunk: Chunk) -> int:

@@ -11,13 +11,14 @@ block 0. Padding tokens of other steps belong to no row, and their padding rows 
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from memory_efficient_gpt.sampling.batch import HostParameters
 from memory_efficient_gpt.step_layout import StepLayout
 
 ROWS: Final = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -65,11 +66,14 @@ class Fields:
     """Where the parts of a step's packed inputs `[size] int32` are, as slices.
 
     Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that don't. `uniforms`
-    are float64, `temperatures` float32.
+    and `top_ps` are float64, `temperatures` and `min_ps` float32.
     """
 
     uniforms: slice
+    top_ps: slice
     temperatures: slice
+    min_ps: slice
+    top_ks: slice
     input_ids: slice
     unread: slice
     positions: slice
@@ -89,13 +93,25 @@ class Fields:
 def fields_of(shape: StepShape, table_width: int) -> Fields:
     """The parts for a shape."""
     tokens, rows = shape.tokens, shape.rows
-    sizes = (2 * rows, rows, *(tokens,) * 4, rows + 1, rows, rows, rows, rows * table_width)
+    sizes = (
+        2 * rows,
+        2 * rows,
+        rows,
+        rows,
+        rows,
+        *(tokens,) * 4,
+        rows + 1,
+        rows,
+        rows,
+        rows,
+        rows * table_width,
+    )
     starts = np.cumsum([0, *(-(-size // 4) * 4 for size in sizes)]).tolist()
     return Fields(*(slice(start, start + size) for start, size in zip(starts, sizes, strict=False)))
 
 
 class Choice(Enum):
-    """How a graph chooses tokens: the most likely one, or (rows with a temperature) by a plain draw."""
+    """How a graph chooses tokens: the most likely one, or (rows with a temperature) a draw with filters."""
 
     GREEDY = auto()
     DRAW = auto()
@@ -104,20 +120,27 @@ class Choice(Enum):
 @dataclass(frozen=True, slots=True)
 class RowsToSample:
     """The step's samples. logit_rows `[R] int32`: their tokens; token_slots `[R] int32`: where each sampled
-    token is kept. temperatures `[R] float32`, 0 for the most likely token, and uniforms `[R] float64`: None
-    for steps that don't draw in the graph."""
+    token is kept. draws: how they are chosen; None for steps that don't draw in the graph. uniforms
+    `[R] float64`: empty for those."""
 
     logit_rows: npt.NDArray[np.int32]
     token_slots: npt.NDArray[np.int32]
-    temperatures: npt.NDArray[np.float32] | None = None
-    uniforms: npt.NDArray[np.float64] | None = None
+    draws: HostParameters | None = None
+    uniforms: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
 
 def pack(
-    layout: StepLayout, samples: RowsToSample, shape: StepShape, fields: Fields, no_slot: int
-) -> npt.NDArray[np.int32]:
-    """The step's numbers, padded to the shape. no_slot: where tokens of padding rows are kept."""
-    packed = np.zeros(fields.size, dtype=np.int32)
+    layout: StepLayout,
+    samples: RowsToSample,
+    shape: StepShape,
+    fields: Fields,
+    no_slot: int,
+    packed: npt.NDArray[np.int32],
+) -> None:
+    """Fill `packed [size]`, all zeros, with the step's numbers, padded to the shape.
+
+    no_slot: where tokens of padding rows are kept.
+    """
     tokens, rows, drawn = layout.num_tokens, layout.num_rows, len(samples.logit_rows)
     packed[fields.input_ids][:tokens] = layout.input_ids
     packed[fields.unread] = -1
@@ -135,10 +158,12 @@ def pack(
     packed[fields.logit_rows][:drawn] = samples.logit_rows
     packed[fields.token_slots] = no_slot
     packed[fields.token_slots][:drawn] = samples.token_slots
-    if samples.temperatures is not None and samples.uniforms is not None:
-        packed[fields.temperatures].view(np.float32)[:drawn] = samples.temperatures
+    if (draws := samples.draws) is not None:
+        packed[fields.temperatures].view(np.float32)[:drawn] = draws.temperature
+        packed[fields.min_ps].view(np.float32)[:drawn] = draws.min_p
+        packed[fields.top_ks][:drawn] = draws.top_k
+        packed[fields.top_ps].view(np.float64)[:drawn] = draws.top_p
         packed[fields.uniforms].view(np.float64)[:drawn] = samples.uniforms
-    return packed
 
 
 def _least(sizes: tuple[int, ...], wanted: int) -> int | None:

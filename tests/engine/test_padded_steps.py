@@ -25,6 +25,7 @@ PARAMS = {
     "drawn": {"temperature": 0.9, "seed": 5},
     "filtered": {"temperature": 1.2, "seed": 6, "top_k": 20, "top_p": 0.8},
     "penalized": {"temperature": 0.0, "repetition_penalty": 1.3},
+    "held": {"temperature": 0.8, "seed": 9, "min_tokens": 4},
     "with logprobs": {"temperature": 0.7, "seed": 8, "logprobs": 2},
 }
 
@@ -89,7 +90,9 @@ def run(engine: Engine, names: list[str]) -> list[list[Any]]:
 
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-@pytest.mark.parametrize("names", [["greedy"] * 5, ["greedy", "drawn", "drawn"], list(PARAMS)], ids=str)
+@pytest.mark.parametrize(
+    "names", [["greedy"] * 5, ["greedy", "drawn", "filtered", "drawn"], list(PARAMS)], ids=str
+)
 def test_padded_steps_give_the_same_tokens(kind: str, names: list[str], overlap: bool) -> None:
     options = {"overlap": overlap, "max_batched_tokens": 24, "debug_checks": True}
     expected = run(make_engine(kind, **options), names)
@@ -103,7 +106,7 @@ def test_padded_steps_give_the_same_tokens(kind: str, names: list[str], overlap:
 def test_each_way_to_choose_is_taken() -> None:
     engine = make_engine("llama")
     stand_in = padded(engine)
-    for names in (["greedy"], ["drawn", "greedy"], ["filtered"]):
+    for names in (["greedy"], ["drawn", "filtered", "greedy"], ["penalized"]):
         run(engine, names)
     assert {kind.choice for kind in stand_in.kinds} == {Choice.GREEDY, Choice.DRAW, None}
 

@@ -96,7 +96,7 @@ class Harness:
     ) -> None:
         self.allocator = BlockAllocator(num_blocks, block_size, prefix_cache=prefix_cache)
         config = SchedulerConfig(max_num_seqs=max_num_seqs, max_batched_tokens=budget, window=window)
-        self.scheduler = Scheduler(config, self.allocator, lambda seq, token: token == STOP_TOKEN)
+        self.scheduler = Scheduler(config, self.allocator)
         self.runner = FakeRunner(num_blocks, block_size, window)
         self.depth = depth
         self.pending: list[tuple[Step, StepOutcome]] = []
@@ -127,7 +127,14 @@ class Harness:
             self.order += 1
             sequences.append(
                 Sequence(
-                    request, index, index, len(prompt) + max_tokens, list(prompt), self.order, meter=meter
+                    request,
+                    index,
+                    index,
+                    len(prompt) + max_tokens,
+                    list(prompt),
+                    self.order,
+                    stop_ids=frozenset((STOP_TOKEN,)),
+                    meter=meter,
                 )
             )
             self.outputs[name, index] = []

@@ -7,6 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from memory_efficient_gpt.request import SamplingParams
+from memory_efficient_gpt.sampling.batch import HostParameters
 from memory_efficient_gpt.step_layout import StepLayout
 from memory_efficient_gpt.step_shape import (
     RowsToSample,
@@ -74,7 +76,8 @@ def packed(layout: StepLayout, samples: RowsToSample) -> dict[str, list[int]]:
     shape = shape_of(layout)
     assert shape is not None
     fields = fields_of(shape, 4)
-    numbers = pack(layout, samples, shape, fields, no_slot=77)
+    numbers = np.zeros(fields.size, np.int32)
+    pack(layout, samples, shape, fields, 77, numbers)
     return {name: numbers[getattr(fields, name)].tolist() for name in fields.__slots__}
 
 
@@ -100,13 +103,25 @@ def test_padding_tokens_of_other_steps_belong_to_no_row() -> None:
     assert got["token_slots"] == [1, 2, 77, 77]
 
 
-def test_temperatures_and_uniforms_keep_their_bits() -> None:
+def test_parameters_and_uniforms_keep_their_bits() -> None:
     layout = layout_of([1, 1, 1], [3, 9, 5])
     shape = shape_of(layout)
     assert shape is not None
     fields = fields_of(shape, 4)
-    temperatures, uniforms = np.array([0.7, 0.0, 1.3], np.float32), np.array([0.1, 2**-53, 1 - 2**-53])
-    samples = RowsToSample(np.arange(3, dtype=np.int32), np.zeros(3, np.int32), temperatures, uniforms)
-    numbers = pack(layout, samples, shape, fields, no_slot=0)
-    assert (numbers[fields.temperatures].view(np.float32)[:3] == temperatures).all()
+    uniforms = np.array([0.1, 2**-53, 1 - 2**-53])
+    draws = HostParameters(
+        [
+            SamplingParams(temperature=0.7, top_p=0.9),
+            SamplingParams(temperature=0.0, top_k=9),
+            SamplingParams(temperature=1.3, min_p=0.1, top_k=2**31 - 1),
+        ]
+    )
+    samples = RowsToSample(np.arange(3, dtype=np.int32), np.zeros(3, np.int32), draws, uniforms)
+    numbers = np.zeros(fields.size, np.int32)
+    pack(layout, samples, shape, fields, 0, numbers)
+    floats = [numbers[part].view(np.float32)[:3] for part in (fields.temperatures, fields.min_ps)]
+    assert floats[0].tolist() == [np.float32(0.7), 0.0, np.float32(1.3)]
+    assert floats[1].tolist() == [0.0, 0.0, np.float32(0.1)]
+    assert numbers[fields.top_ks].tolist() == [0, 9, 2**31 - 1, 0]
+    assert numbers[fields.top_ps].view(np.float64).tolist() == [0.9, 0.0, 0.0, 0.0]
     assert (numbers[fields.uniforms].view(np.float64)[:3] == uniforms).all()

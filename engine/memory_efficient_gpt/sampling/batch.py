@@ -99,25 +99,78 @@ class Draw:
     truncations: tuple[Truncation, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class RowParameters:
+    """How each of the R rows is chosen, with no lists of who wants what: all features in every row.
+
+    temperature `[R] float32`: 0 for the most likely token. min_p `[R] float32`, top_k `[R] int32`,
+    top_p `[R] float64`: 0 for none. uniform `[R] float64` in [0, 1).
+    """
+
+    temperature: torch.Tensor
+    min_p: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    uniform: torch.Tensor
+
+    def as_draw(self, vocabulary: int) -> Draw:
+        """The same for `draw_tokens`, with the temperature 1 where there is none."""
+        no_limit = Truncation(
+            rows=None,
+            top_k=torch.where(self.top_k > 0, self.top_k, vocabulary).long()[:, None],
+            max_top_k=vocabulary,
+            top_p=torch.where(self.top_p > 0, self.top_p, 1.0)[:, None],
+        )
+        return Draw(
+            rows=None,
+            temperature=torch.where(self.temperature > 0, self.temperature, 1.0)[:, None],
+            min_p=self.min_p[:, None],
+            uniform=self.uniform[:, None],
+            truncations=(no_limit,),
+        )
+
+
+class HostParameters:
+    """The numbers of RowParameters but for the uniform ones, from each row's SamplingParams."""
+
+    def __init__(self, params: Sequence[SamplingParams]) -> None:
+        drawn = [not takes_most_likely(p) for p in params]
+        self.draws = any(drawn)
+        pairs = list(zip(params, drawn, strict=True))
+        self.temperature = np.array([p.temperature if d else 0.0 for p, d in pairs], dtype=np.float32)
+        self.min_p = np.array([p.min_p for p in params], dtype=np.float32)
+        self.top_k = np.array([p.top_k or 0 for p in params], dtype=np.int32)
+        self.top_p = np.array([p.top_p if p.top_p < 1.0 else 0.0 for p in params], dtype=np.float64)
+
+
 class SamplingBatch:
     """All that `sample` needs besides logits.
 
-    draw is None when every row is greedy. bias: entries and `[E] float32` to add. logprob_rows: host indices
-    of rows that want log probabilities, with `logprob_counts` alternatives each; logprob_index
-    `[L] int64` are the same rows on the device, or None for none or all.
+    draw is None when every row is greedy, and with a kernel, for which `parameters` has what it needs. bias:
+    entries and `[E] float32` to add. logprob_rows: host indices of rows that want log probabilities, with
+    `logprob_counts` alternatives each; logprob_index `[L] int64` are the same rows on the device, or None for
+    none or all.
     """
 
     def __init__(
-        self, rows: Sequence[SampleRow], device: torch.device, pending: torch.Tensor | None = None
+        self,
+        rows: Sequence[SampleRow],
+        device: torch.device,
+        pending: torch.Tensor | None = None,
+        *,
+        kernel: bool = False,
     ) -> None:
         """`pending [R] int64` on `device`: each row's newest token where `outputs` lacks it, else -1.
 
         It is for penalties when a step is prepared before the last one's tokens are read.
+        kernel: whether tokens are chosen by the Triton kernel.
         """
         self.num_rows = len(rows)
         self.device = device
+        self.kernel = kernel
         drawing = [number for number, row in enumerate(rows) if not takes_most_likely(row.params)]
-        self.draw = self._build_draw(rows, drawing) if drawing else None
+        self.draw = self._build_draw(rows, drawing) if drawing and not kernel else None
+        self.parameters = self._build_parameters(rows) if drawing and kernel else None
         self.bias = self._build_bias(rows)
         self.suppressed = self._entries([row.suppress for row in rows])
         self.penalties = self._build_penalties(rows, pending)
@@ -129,6 +182,13 @@ class SamplingBatch:
     def adjusts(self) -> bool:
         """Whether any row's logits are changed before tokens are chosen."""
         return self.bias is not None or self.suppressed is not None or self.penalties is not None
+
+    def _build_parameters(self, rows: Sequence[SampleRow]) -> RowParameters:
+        host = HostParameters([row.params for row in rows])
+        uniform = uniforms([row.seed for row in rows], [row.counter for row in rows])
+        columns = np.array([host.temperature, host.min_p, host.top_k, host.top_p, uniform])
+        temperature, min_p, top_k, top_p, uniform_ = self._upload(columns)  # one transfer
+        return RowParameters(temperature.float(), min_p.float(), top_k.int(), top_p, uniform_)
 
     def _build_draw(self, rows: Sequence[SampleRow], drawing: Sequence[int]) -> Draw:
         params = [rows[i].params for i in drawing]

@@ -26,9 +26,18 @@ _MANTISSA_BITS: Final = 53
 
 def uniforms(seeds: Sequence[int], counters: Sequence[int]) -> npt.NDArray[np.float64]:
     """`[R] float64` in [0, 1), one for each pair; seeds may be negative (taken modulo 2**64)."""
-    start = _mix(np.array([seed & _WORD for seed in seeds], dtype=np.uint64) + _GOLDEN)
-    steps = np.array([(counter + 1) & _WORD for counter in counters], dtype=np.uint64)
-    words = _mix(start + steps * _GOLDEN)
+    steps = np.array([counter & _WORD for counter in counters], dtype=np.uint64)
+    return numbers_of(streams(seeds), steps)
+
+
+def streams(seeds: Sequence[int]) -> npt.NDArray[np.uint64]:
+    """Where each seed's numbers start, `[R] uint64`: for `numbers_of`."""
+    return _mix(np.array([seed & _WORD for seed in seeds], dtype=np.uint64) + _GOLDEN)
+
+
+def numbers_of(started: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """`uniforms` of the seeds that started there; counters `[R] uint64`."""
+    words = _mix(started + (counters + np.uint64(1)) * _GOLDEN)
     return (words >> np.uint64(64 - _MANTISSA_BITS)).astype(np.float64) * 2.0**-_MANTISSA_BITS
 
 

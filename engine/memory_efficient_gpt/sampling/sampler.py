@@ -59,12 +59,9 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
     assert logits.shape[0] == batch.num_rows, (logits.shape, batch.num_rows)
     plain = batch.draw is None and not batch.adjusts
     adjusted = logits if plain else adjust(logits, batch)
-    best = argmax(adjusted)
-    top = adjusted.gather(1, best[:, None])
-    ok = top.squeeze(1).isfinite()
-    if adjusted is not logits and batch.adjusts:
+    token_ids, ok = (_by_kernel if batch.kernel else _by_torch)(adjusted, batch)
+    if batch.adjusts:
         ok &= logits.amax(-1).isfinite()  # suppression may have hidden a NaN
-    token_ids = best if batch.draw is None else _draw(adjusted, best, top, batch)
     token_ids = torch.where(ok, token_ids, 0)
     return Sampled(
         token_ids,
@@ -73,6 +70,24 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
         batch.logprob_rows,
         batch.logprob_counts,
     )
+
+
+def _by_torch(adjusted: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens `[R] int64`, and whether each row's logits `[R, V]` were usable, `[R] bool`."""
+    best = argmax(adjusted)
+    top = adjusted.gather(1, best[:, None])
+    ok = top.squeeze(1).isfinite()
+    return best if batch.draw is None else _draw(adjusted, best, top, batch), ok
+
+
+def _by_kernel(adjusted: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as `_by_torch` by one launch."""
+    from memory_efficient_gpt.triton_kernels.token_choice import choose
+
+    tokens = torch.empty(len(adjusted), dtype=torch.int64, device=adjusted.device)
+    usable = torch.empty(len(adjusted), dtype=torch.uint8, device=adjusted.device)
+    choose(adjusted, batch.parameters, tokens, usable)
+    return tokens, usable.view(torch.bool)
 
 
 def _draw(
