@@ -29,7 +29,8 @@ _ONE_ROW_AHEAD: Final = 8192
 _BYTES_OF_WARP: Final = 512
 _OUTPUTS: Final = 16
 _WARPS: Final = 4
-_SPAN: Final = 128
+_SPAN: Final = 256
+"""Bytes of a warp's span."""
 _STAGES: Final = 3
 _ALIGNMENT: Final = 16
 
@@ -74,18 +75,19 @@ def few_rows_linear(
     )  # fmt: skip
     fetching, item = 2 * _processors(x.device), weight.element_size()
     with torch.cuda.device(x.device):
-        if m == 1:
+        if m == 1 and item > 1:  # fp8 is converted too slowly outside of tensor cores' operands
             span = min(_ONE_ROW_SPAN // item, triton.next_power_of_2(k))
             one_row_kernel[(n,)](
                 *tensors, k, weight.stride(0), min(k * item, _ONE_ROW_AHEAD), fetching, even=k % span == 0,
                 BK=span, num_warps=max(1, min(4, span * item // _BYTES_OF_WARP)), **flags,
             )  # fmt: skip
         else:
-            step = _WARPS * _SPAN
+            span = _SPAN // item
+            step = _WARPS * span
             dense_few_rows_kernel[(-(-n // _OUTPUTS), 1)](
                 *tensors, m, n, k, weight.stride(0), min(k, step) * item, fetching, even=k % step == 0,
-                BN=_OUTPUTS, BM=max(8, triton.next_power_of_2(m)), W=_WARPS, BK=_SPAN, num_warps=_WARPS,
-                num_stages=_STAGES, **flags,
+                BN=_OUTPUTS, BM=max(8, triton.next_power_of_2(m)), W=_WARPS, BK=span, num_warps=_WARPS,
+                num_stages=_STAGES + (item == 1), **flags,
             )  # fmt: skip
     return out.view(*x.shape[:-1], n)
 

@@ -109,10 +109,11 @@ def _launch(rows: torch.Tensor, weight: TritonWeight, bias: torch.Tensor | None,
         code=weight.code, group=weight.group_size or 0, asymmetric=weight.offsets is not None,
         has_bias=bias is not None, even_k=k % SPAN == 0, splits=splits, BN=tile.outputs, BM=tile.rows,
         num_warps=tile.warps, num_stages=tile.stages,
+        **overlap_options(rows.device),
     )  # fmt: skip
     with torch.cuda.device(rows.device):
         if tile.few_rows:
-            few_rows_kernel[grid](*arguments, **constants, W=tile.warps, **overlap_options(rows.device))
+            few_rows_kernel[grid](*arguments, **constants, W=tile.warps)
         else:
             quantized_matmul_kernel[grid](*arguments, **constants)
     return out

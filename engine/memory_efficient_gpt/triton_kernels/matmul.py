@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from memory_efficient_gpt.triton_kernels.parameters import SPAN, load_scale, shift_of
 from memory_efficient_gpt.triton_kernels.splitting import finish
@@ -28,11 +29,11 @@ def quantized_matmul_kernel(
     x, codes, scales, offsets, bias, y, partial, counters,
     M, N, K, stride_x, P, spans, spans_per_split, unit,
     code: tl.constexpr, group: tl.constexpr, asymmetric: tl.constexpr, has_bias: tl.constexpr,
-    even_k: tl.constexpr, splits: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    even_k: tl.constexpr, early: tl.constexpr, splits: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """y `[M, N]` = x `[M, K]` W^T + bias; W as packing.py has it. group 0: one scale an output.
 
-    Grid (ceil(M / BM), P / BN, splits). For partial and counters see splitting.py.
+    Grid (ceil(M / BM), P / BN, splits). For early see overlap.py, for partial and counters splitting.py.
     """
     half: tl.constexpr = x.dtype.element_ty == tl.float16
     slices: tl.constexpr = 4 if code == "int4" else 2
@@ -58,6 +59,8 @@ def quantized_matmul_kernel(
         if parts > 2:
             s2 = load_scale(scales, first, last, 2, group, P, rn)
             s3 = load_scale(scales, first, last, 3, group, P, rn)
+    if early:
+        gdc_wait()
     for span in range(first, last + 1):
         words = tl.load(codes + (span.to(tl.int64) * P + rn)[:, None] * width + ri[None, :],
                         eviction_policy="evict_first")  # fmt: skip
@@ -98,6 +101,8 @@ def quantized_matmul_kernel(
             if parts > 2:
                 s2 = n2
                 s3 = n3
+    if early:
+        gdc_launch_dependents()
     if group == 0:
         scale = tl.load(scales + rn)
         total *= scale.to(tl.float32)[:, None]
