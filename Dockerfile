@@ -1,5 +1,5 @@
-# The server in a container: non-root, with the compiler that builds the CPU kernels for the machine it
-# lands on (compiled for that CPU on first use, in seconds, and kept in the cache volume).
+# The server in a container: non-root, with the CPU kernels for machines like the one that builds it, and the
+# compiler that builds them for others (on first use, in seconds, kept in the cache volume).
 #
 #   docker build --tag memory-efficient-gpt .
 #       torch comes from pip's default index: on x86 that build runs on CUDA devices and on CPUs.
@@ -47,9 +47,12 @@ COPY docker/healthcheck.py /app/healthcheck.py
 ENV PATH=/app/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     OMP_WAIT_POLICY=PASSIVE \
+    MEGPT_CACHE_DIR=/home/megpt/.cache/memory_efficient_gpt \
     MEGPT_HOST=0.0.0.0
 USER 10001
 WORKDIR /home/megpt
+# The CPU kernels for CPUs like this one; a new cache volume begins with them. On another CPU they are built anew.
+RUN megpt kernels build
 # Compiled kernels, and models downloaded by id.
 VOLUME /home/megpt/.cache
 EXPOSE 8000

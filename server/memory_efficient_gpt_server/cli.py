@@ -22,6 +22,7 @@ from memory_efficient_gpt_server.commands import (
     doctor,
     events,
     generate,
+    kernels,
     load,
     models,
     plan,
@@ -39,7 +40,7 @@ from memory_efficient_gpt_server.commands import set as set_settings
 
 COMMANDS: Final = (
     serve, generate, chat, plan, quantize, models, ps, load, unload, sleep, wake, set_settings, queue, events,
-    top, bench, doctor, version,
+    top, bench, kernels, doctor, version,
 )  # fmt: skip
 
 EXIT_FAILED: Final = 1

@@ -148,7 +148,7 @@ FUSED = {
     "phi3": {"rms_norm": 5, "gated_mlp": 2, "rotary": 2},
     "olmo2": {"rms_norm": 9, "gated_mlp": 2, "rotary": 2},
     "starcoder2": {"rotary": 2},
-    "mixtral": {"rms_norm": 5, "rotary": 2},
+    "mixtral": {"rms_norm": 5, "rotary": 2, "experts": 2},
     "gpt2": {},
 }
 DENSE_DTYPES = (torch.bfloat16, torch.float16)

@@ -1,6 +1,6 @@
 """Give a loaded model's layers kernels of ours, in place: native C++ on the CPU, Triton on CUDA.
 
-Purpose: recognise linear layers, RMS norms, gated MLPs and fused experts by their structure, check that a
+Purpose: recognise linear layers, RMS norms, gated MLPs and stacked experts by their structure, check that a
 kernel gives what the layer gives, and let it compute.
 Does not know: architectures' names, attention, the engine.
 Invariant: a layer whose result by a kernel differs from its own stays as it is, with a reason in the report.
@@ -22,6 +22,7 @@ from typing import Any, Final, cast
 import torch
 from torch import nn
 
+from memory_efficient_gpt.fusion.grouped_experts import GROUPED_EXPERTS, GroupedExperts
 from memory_efficient_gpt.fusion.kernels import kernels_for
 from memory_efficient_gpt.fusion.structures import KINDS, Kind, device_of, draw, dtype_of, own_parameter
 from memory_efficient_gpt.native.build import Unavailable
@@ -41,7 +42,7 @@ from memory_efficient_gpt.native.rotary import (
     with_native_rotary,
 )
 from memory_efficient_gpt.quantization.experts import QuantizedStack
-from memory_efficient_gpt.quantization.model import give_kernels, give_stack_kernels, quantized_modules
+from memory_efficient_gpt.quantization.model import give_kernels, give_stack_kernels
 from memory_efficient_gpt.quantization.triton_weights import give_triton_kernels
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ logger = logging.getLogger(__name__)
 # float16 likewise.
 TOLERANCES: Final = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 
+_KINDS: Final = (*KINDS, GROUPED_EXPERTS)
 Verdicts = dict[object, str | dict[str, Any]]
 """By kind of module: settings for its kernel, or why it gets none."""
 
@@ -97,8 +99,7 @@ def fuse(model: nn.Module, kernels: LayerKernels | None = None) -> FusionReport:
             _give_up_others(module, loaded)
             _fuse_module(module, loaded, report, verdicts)
             _fuse_rotary(module, loaded, report, verdicts)
-        if isinstance(loaded, Kernels):
-            _report_slow_experts(model, report)
+        _report_slow_experts(model, report)
     logger.info(report.summary())
     return report
 
@@ -116,8 +117,8 @@ def _fuse_module(
     report: FusionReport,
     verdicts: dict[object, str | dict[str, Any]],
 ) -> None:
-    for kind in KINDS:
-        if kind.cpu_only and not isinstance(kernels, Kernels):
+    for kind in _KINDS:
+        if not _has_kernel(kernels, kind):
             continue
         if isinstance(module, kind.layer):  # it was fused before
             report.replaced[kind.name] += 1
@@ -147,6 +148,12 @@ def _fuse_module(
         return
 
 
+def _has_kernel(kernels: LayerKernels, kind: Kind) -> bool:
+    if kind.cpu_only:
+        return isinstance(kernels, Kernels)
+    return not kind.cuda_only or kernels.device_type == "cuda"
+
+
 def _fuse_quantized(model: nn.Module, kernels: LayerKernels, report: FusionReport) -> None:
     """Quantized layers first: what is fused around them is then tried on what will really run."""
     if isinstance(kernels, Kernels):
@@ -162,9 +169,14 @@ def _fuse_quantized(model: nn.Module, kernels: LayerKernels, report: FusionRepor
 
 def _report_slow_experts(model: nn.Module, report: FusionReport) -> None:
     """Stacks that no kernel takes are dequantized expert by expert."""
-    slow = [m for m in quantized_modules(model) if isinstance(m, QuantizedStack) and m.packed_weight is None]
+    slow = 0
+    for module in model.modules():
+        stacks = [m for m in module.children() if isinstance(m, QuantizedStack)]
+        if not isinstance(module, GroupedExperts):  # whose stacks are packed before it is recognised
+            packed = isinstance(module, NativeExperts)
+            slow += sum(not packed or stack.packed_weight is None for stack in stacks)
     if slow:
-        report.dropped["quantized", "experts without a kernel are dequantized one by one"] += len(slow)
+        report.dropped["quantized", "experts without a kernel are dequantized one by one"] += slow
 
 
 def _fuse_rotary(

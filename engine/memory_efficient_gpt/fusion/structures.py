@@ -39,7 +39,8 @@ class Kind:
     """A structure that kernels know.
 
     recognise: a module's shapes and constants, or None for another structure; candidates: settings of the
-    kernel that might fit; inputs: what to try them on. cpu_only: other devices have no such kernel.
+    kernel that might fit; inputs: what to try them on. cpu_only: other devices have no such kernel;
+    cuda_only: other devices have another one.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Kind:
     candidates: Callable[[nn.Module], Iterable[dict[str, Any]]]
     inputs: Callable[[nn.Module], Iterable[tuple[torch.Tensor, ...]]]
     cpu_only: bool = False
+    cuda_only: bool = False
 
 
 def _is_linear(module: nn.Module) -> object | None:
@@ -87,7 +89,7 @@ def _is_gated_mlp(module: nn.Module) -> object | None:
 
 
 def _is_experts(module: nn.Module) -> object | None:
-    merged, down = (_stack(module, name) for name in ("gate_up_proj", "down_proj"))
+    merged, down = (stack_of(module, name) for name in ("gate_up_proj", "down_proj"))
     if merged is None or down is None or len(merged.shape) != 3 or len(down.shape) != 3:
         return None
     experts, hidden, inner = down.shape
@@ -97,7 +99,7 @@ def _is_experts(module: nn.Module) -> object | None:
     return (*down.shape, down.dtype, type(merged) is type(down), isinstance(down, QuantizedStack))
 
 
-def _stack(module: nn.Module, name: str) -> torch.Tensor | QuantizedStack | None:
+def stack_of(module: nn.Module, name: str) -> torch.Tensor | QuantizedStack | None:
     """A stack of experts' weights, float or quantized."""
     held = module._modules.get(name)
     return held if isinstance(held, QuantizedStack) else own_parameter(module, name)
@@ -145,7 +147,7 @@ def _norm_settings(module: nn.Module) -> Iterable[dict[str, Any]]:
     return [{"eps": eps, "style": style} for eps in _epsilons(module)[:1] for style in _NORM_STYLES]
 
 
-def _activation_settings(module: nn.Module) -> Iterable[dict[str, Any]]:
+def activation_settings(module: nn.Module) -> Iterable[dict[str, Any]]:
     """The kernel whose function the module's activation is, to float32's accuracy."""
     function = next((getattr(module, n) for n in _ACTIVATION_NAMES if hasattr(module, n)), None)
     if not callable(function):
@@ -207,6 +209,6 @@ KINDS: Final = (
     Kind("linear", NativeLinear, _is_linear, _plain, _one_vector_and_several),
     Kind("conv1d", NativeConv1D, _is_conv1d, _plain, _vectors, cpu_only=True),
     Kind("rms_norm", NativeRMSNorm, _is_rms_norm, _norm_settings, _vectors_near_epsilon),
-    Kind("gated_mlp", NativeGatedMLP, _is_gated_mlp, _activation_settings, _vectors_of_all_sizes),
-    Kind("experts", NativeExperts, _is_experts, _activation_settings, _routed_vectors, cpu_only=True),
+    Kind("gated_mlp", NativeGatedMLP, _is_gated_mlp, activation_settings, _vectors_of_all_sizes),
+    Kind("experts", NativeExperts, _is_experts, activation_settings, _routed_vectors, cpu_only=True),
 )

@@ -92,8 +92,8 @@ def quantized_bytes(
         if scheme.kind == "none":
             continue
         weight = layer.weight()
-        stacked = layer.role == "experts" and not (pack_experts and layout == "native" and _packs(layer))
-        total += _layer_bytes(scheme, layer.shape, "stored" if stacked else layout)
+        kept = layout == "native" and layer.role == "experts" and not (pack_experts and _packs(layer))
+        total += _layer_bytes(scheme, layer.shape, "stored" if kept else layout)
         total -= weight.numel() * weight.element_size()
     return total
 

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from memory_efficient_gpt.native.ops import Kernels
-from memory_efficient_gpt.native.packed_weight import BLOCK, PackedWeight, dequantize_rows
-from memory_efficient_gpt.quantization.modules import QuantizedModule
+from memory_efficient_gpt.native.packed_weight import BLOCK, PackedWeight
+from memory_efficient_gpt.quantization.modules import QuantizedModule, dequantize_packed
 from memory_efficient_gpt.quantization.storage import QuantizedWeight
 
 
@@ -48,9 +48,10 @@ class QuantizedStack(QuantizedModule):
         """One expert's weight `[N, K]`."""
         size = self.num_outputs // self.num_experts
         first = int(expert) * size
-        if self.packed_weight is not None:
-            packed = cast(PackedWeight, self.packed_weight)
-            return dequantize_rows(packed, torch.arange(first, first + size), self.compute_dtype)
+        packed = self.packed_weight
+        if packed is not None:
+            rows = torch.arange(first, first + size, device=packed.codes.device)
+            return dequantize_packed(packed, rows, self.compute_dtype)
         weight = self.quantized_weight
         rows = torch.arange(first, first + size, device=weight.codes.device)
         return weight.select(rows).dequantize(self.compute_dtype)

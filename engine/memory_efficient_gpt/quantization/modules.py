@@ -85,7 +85,7 @@ class QuantizedModule(nn.Module):
         packed = self.packed_weight
         if packed is None:
             return self.quantized_weight.dequantize(dtype)
-        return _dequantize(packed, None, dtype)
+        return dequantize_packed(packed, None, dtype)
 
     def use_kernels(self, kernels: Kernels, packed: PackedWeight) -> None:
         """Compute with `packed`, this weight as `pack_weight` gives it, instead of with the buffers."""
@@ -168,7 +168,7 @@ class QuantizedEmbedding(QuantizedModule, nn.Embedding):
 
     def _look_up(self, rows: torch.Tensor) -> torch.Tensor:
         if self.packed_weight is not None:
-            return _dequantize(self.packed_weight, rows, self.compute_dtype)
+            return dequantize_packed(self.packed_weight, rows, self.compute_dtype)
         return self.quantized_weight.select(rows).dequantize(self.compute_dtype)
 
     @property
@@ -216,7 +216,7 @@ def _multiply_by_triton(
     return quantized_linear(module.arrange(x), packed, bias)
 
 
-def _dequantize(
+def dequantize_packed(
     packed: PackedWeight | TritonWeight, rows: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """The weight `[N, K]`, or its outputs `rows` `[T] int64`: `[T, K]`."""

@@ -13,7 +13,6 @@ from collections import Counter
 import torch
 from torch import nn
 
-from memory_efficient_gpt.quantization.experts import QuantizedStack
 from memory_efficient_gpt.quantization.fp8 import multiplies_fp8
 from memory_efficient_gpt.quantization.modules import QuantizedModule
 from memory_efficient_gpt.quantization.scheme import Scheme
@@ -78,7 +77,7 @@ def give_triton_kernels(model: nn.Module) -> Counter[str]:
             outcome["triton"] += isinstance(module.packed_weight, TritonWeight)
             continue
         weight = module.quantized_weight
-        reason = _obstacle(module, weight)
+        reason = _obstacle(weight)
         if reason is None:
             key = weight.codes.data_ptr()
             if key not in packed:  # the weight is kept, so that no other one gets its address
@@ -105,11 +104,9 @@ def summary(outcome: Counter[str]) -> str:
     return f"Triton kernels: {outcome['triton']} quantized" + (f"; {others}" if others else "")
 
 
-def _obstacle(module: QuantizedModule, weight: QuantizedWeight) -> str | None:
+def _obstacle(weight: QuantizedWeight) -> str | None:
     if (reason := triton_obstacle(weight.codes.device)) is not None:
         return reason
-    if isinstance(module, QuantizedStack):
-        return "experts are dequantized one by one"
     if weight.scheme.dynamic:
         return "fp8 with fp8" if multiplies_fp8(weight.codes.device) else "inputs are rounded first"
     if weight.scheme.kind not in ("int", "fp8"):

@@ -69,6 +69,16 @@ def small_clones(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     yield _copy(config)
 
 
+def shallow_clone(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of full width with few layers, every kind of them among these, and no quantization.
+
+    Raises what a config without a number of layers raises (AttributeError, TypeError or ValueError).
+    """
+    clone = _copy(config)
+    _shrink_depth(clone)
+    return clone
+
+
 def _copy(config: PreTrainedConfig) -> PreTrainedConfig:
     clone = copy.deepcopy(config.get_text_config())
     if getattr(clone, "quantization_config", None) is not None:

@@ -2,6 +2,8 @@
 
 Purpose: one question, asked before anything else of this package is imported.
 Does not know: kernels.
+Mutates os.environ: where $MEGPT_CACHE_DIR is set and $TRITON_CACHE_DIR is not, Triton's binaries go to the
+former's folder `triton`, beside the native kernels.
 Invariant: never raises, never starts CUDA for a device that is not CUDA; the answer is found once, by trial.
 """
 
@@ -10,6 +12,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
+from pathlib import Path
 from typing import Final, cast
 
 import torch
@@ -44,12 +48,22 @@ def triton_obstacle(device: torch.device) -> str | None:
     return _cuda_obstacle(torch.cuda.current_device() if index is None else index)
 
 
+def binaries_folder() -> Path:
+    """Where Triton keeps what it compiled: $TRITON_CACHE_DIR, $MEGPT_CACHE_DIR/triton, or its own default."""
+    if chosen := os.environ.get("TRITON_CACHE_DIR"):
+        return Path(chosen)
+    root = os.environ.get("MEGPT_CACHE_DIR")
+    return Path(root) / "triton" if root else Path.home() / ".triton" / "cache"
+
+
 @functools.cache
 def _cuda_obstacle(index: int) -> str | None:
     if torch.version.__dict__.get("hip") is not None:
         return "the Triton kernels are for NVIDIA GPUs"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
+    if os.environ.get("MEGPT_CACHE_DIR"):
+        os.environ.setdefault("TRITON_CACHE_DIR", str(binaries_folder()))
     capability = torch.cuda.get_device_capability(index)
     if capability < LEAST_CAPABILITY:
         own, least = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))

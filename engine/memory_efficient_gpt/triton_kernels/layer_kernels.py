@@ -47,6 +47,18 @@ def rms_norm_kernel(
 
 
 @triton.jit
+def activate(g, activation: tl.constexpr):
+    """The activation of g, all float32."""
+    if activation == "silu":
+        y = g / (1.0 + tl.exp(-g))
+    elif activation == "gelu_tanh":  # (1 + tanh(z)) / 2 is the logistic function of 2 z
+        y = g / (1.0 + tl.exp(-2.0 * 0.7978845608028654 * (g + 0.044715 * g * g * g)))
+    else:
+        y = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    return y
+
+
+@triton.jit
 def gated_kernel(
     gate, up, out, gate_stride, up_stride, D, BLOCK: tl.constexpr, activation: tl.constexpr,
     early: tl.constexpr,
@@ -58,13 +70,7 @@ def gated_kernel(
     mask = at < D
     g = tl.load(gate + row * gate_stride + at, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + at, mask=mask, other=0.0).to(tl.float32)
-    if activation == "silu":
-        y = g / (1.0 + tl.exp(-g))
-    elif activation == "gelu_tanh":  # (1 + tanh(z)) / 2 is the logistic function of 2 z
-        y = g / (1.0 + tl.exp(-2.0 * 0.7978845608028654 * (g + 0.044715 * g * g * g)))
-    else:
-        y = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
-    y = y.to(out.dtype.element_ty).to(tl.float32) * u
+    y = activate(g, activation).to(out.dtype.element_ty).to(tl.float32) * u
     tl.store(out + row * D + at, y.to(out.dtype.element_ty), mask=mask)
 
 

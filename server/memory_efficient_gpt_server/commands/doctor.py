@@ -138,6 +138,7 @@ def _torch() -> Iterator[Finding]:
     import torch
 
     from memory_efficient_gpt.hardware import free_memory_bytes
+    from memory_efficient_gpt.triton_kernels.availability import binaries_folder
 
     yield Finding("torch", "threads", str(torch.get_num_threads()))
     yield Finding("torch", "free memory", f"{free_memory_bytes(torch.device('cpu')) / 2**30:.1f} GiB")
@@ -148,6 +149,7 @@ def _torch() -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
         yield Finding("torch", f"GPU {index}", f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
+    yield Finding("torch", "Triton's binaries", str(binaries_folder()))
 
 
 def _native_kernels() -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -47,3 +48,15 @@ def test_a_triton_that_cannot_compile_is_no_use_and_says_why(
     reason = availability._failed_trial(torch.device("cuda", 0))
     assert reason == "Triton can't run a kernel here (RuntimeError: Failed to find C compiler.)"
     assert reason in caplog.text
+
+
+def test_binaries_go_where_triton_is_told_or_beside_the_native_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.delenv("MEGPT_CACHE_DIR", raising=False)
+    assert availability.binaries_folder() == Path.home() / ".triton" / "cache"
+    monkeypatch.setenv("MEGPT_CACHE_DIR", "/a")
+    assert availability.binaries_folder() == Path("/a/triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/b")
+    assert availability.binaries_folder() == Path("/b")
