@@ -7,6 +7,8 @@ Invariant: both arms have the same budget, models, requests and number of client
 workers run all the time, so that what one burst leaves behind is there in the next.
 
 The KV cache is scarce: it limits how many sequences are computed together, and that is what more of it buys.
+
+    python -m benchmarks.elastic_kv --device cuda --repetitions 2     both shapes, in turn; under four minutes
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +32,8 @@ from typing import Any, Final
 from rich.console import Console
 
 from benchmarks.cpu import progress_bar, write_record
-from benchmarks.machine import ROOT, commit, machine_facts, usable_cpus, versions
+from benchmarks.engine_gpu import write_model
+from benchmarks.machine import ROOT, accelerator_facts, commit, machine_facts, usable_cpus, versions
 from benchmarks.measuring import random_prompts
 from benchmarks.watched_server import process_memory
 from memory_efficient_gpt.request import Request, SamplingParams
@@ -40,28 +44,62 @@ from memory_efficient_gpt_server.settings import load_settings
 from memory_efficient_gpt_server.worker_process import start_fork_server
 
 TARGET: Final = 1.6
-BLOCK_BYTES: Final = 24_576
-"""Of the demo model: 6 layers, 16 tokens, 2 heads of 32, bfloat16, keys and values."""
-MAX_LEN: Final = 128
-CONTEXT_BYTES: Final = (MAX_LEN // 16 + 1) * BLOCK_BYTES
-"""What a model keeps at least: one request of full length."""
-KV_BYTES: Final = 10 * CONTEXT_BYTES
-"""Of both models together."""
-PROMPT_TOKENS: Final = 16
-OUTPUT_TOKENS: Final = 112
 MODELS: Final = ("left", "right")
 POLL_S: Final = 0.5
-VOCABULARY: Final = 4096
 
 
-def settings_for(arm: str, budget_bytes: int) -> dict[str, Any]:
-    """A server's configuration."""
-    half = KV_BYTES // 2
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """Two models of one kind on a device, and what is asked of them.
+
+    model: a bundled one, or a shape of engine_gpu.py, with random weights. context_bytes: what one keeps at
+    least, a request of full length; kv_bytes: of both together. clients at once, requests: of a burst.
+    """
+
+    model: str
+    device: str
+    context_bytes: int
+    kv_bytes: int
+    max_len: int
+    prompt_tokens: int
+    output_tokens: int
+    clients: int
+    requests: int
+    max_num_seqs: int = 64
+    vocabulary: int = 4096
+
+
+_GRANULES: Final = {"demo": 12 * (2 << 20), "llama1b": 32 * (2 << 20)}
+"""On a GPU KV memory moves by 2 MiB in each tensor: 256 blocks of 64 tokens of demo, 32 of llama1b."""
+
+CPU: Final = Case(
+    model="demo", device="cpu", max_len=128, prompt_tokens=16, output_tokens=112, clients=64, requests=128,
+    context_bytes=9 * 24_576, kv_bytes=90 * 24_576,
+)  # fmt: skip
+CUDA: Final = {
+    "demo": Case(
+        model="demo", device="cuda:0", max_len=1024, prompt_tokens=128, output_tokens=896, clients=256,
+        requests=320, max_num_seqs=256, context_bytes=_GRANULES["demo"], kv_bytes=10 * _GRANULES["demo"],
+    ),
+    "llama1b": Case(
+        model="llama1b", device="cuda:0", max_len=512, prompt_tokens=128, output_tokens=384, clients=128,
+        requests=192, max_num_seqs=128, context_bytes=_GRANULES["llama1b"],
+        kv_bytes=20 * _GRANULES["llama1b"], vocabulary=128_256,
+    ),
+}  # fmt: skip
+
+
+def settings_for(case: Case, arm: str, budget_bytes: int, folder: Path | None = None) -> dict[str, Any]:
+    """A server's configuration. folder: of the model, if it is not bundled."""
+    kept = case.context_bytes
     limits = {
-        "split": {"kv_cache_bytes": half},
-        "elastic": {"kv_soft_limit_bytes": CONTEXT_BYTES, "kv_hard_limit_bytes": KV_BYTES - CONTEXT_BYTES},
+        "split": {"kv_cache_bytes": case.kv_bytes // 2},
+        "elastic": {"kv_soft_limit_bytes": kept, "kv_hard_limit_bytes": case.kv_bytes - kept},
     }[arm]
-    common = {"model": "demo", "max_model_len": MAX_LEN, "num_threads": 1, "load": "on_demand"}
+    common = {
+        "model": case.model if folder is None else str(folder), "device": case.device, "num_threads": 1,
+        "max_model_len": case.max_len, "max_num_seqs": case.max_num_seqs, "load": "on_demand",
+    }  # fmt: skip
     return {
         "memory_budget_bytes": budget_bytes,
         "models": [{"id": name, **common, **limits} for name in MODELS],
@@ -82,11 +120,12 @@ async def hosting(settings: dict[str, Any]) -> AsyncIterator[Registry]:
         await catalog.registry.close()
 
 
-async def budget_for_both() -> int:
-    """Bytes in which both models have KV_BYTES for their caches, and not more."""
-    async with hosting(settings_for("split", 1 << 40)) as registry:
+async def budget_for_both(case: Case, folder: Path | None) -> int:
+    """Bytes in which both models have `kv_bytes` for their caches, and not more."""
+    async with hosting(settings_for(case, "split", 1 << 40, folder)) as registry:
         sizes = {str(kind): size for kind, size in (await registry.plan(MODELS[0])).bytes.items()}
-    return KV_BYTES + len(MODELS) * (sizes["weights"] + sizes["workspace"])
+    each = sum(sizes.get(kind, 0) for kind in ("weights", "workspace", "context"))
+    return case.kv_bytes + len(MODELS) * each
 
 
 @dataclass
@@ -94,6 +133,7 @@ class Arm:
     """A registry, and the most that was seen of it: booked bytes, those of KV caches, and its workers'."""
 
     registry: Registry
+    case: Case
     bursts: list[dict[str, Any]] = field(default_factory=list)
     most: dict[str, int] = field(default_factory=dict)
     samples: int = 0
@@ -103,7 +143,10 @@ class Arm:
         while True:
             ledger = self.registry.state.ledger
             keys = [self.registry.models[model].key for model in MODELS]
-            seen = {"booked": ledger.used["cpu"], "kv_booked": sum(kv_bytes(ledger, key) for key in keys)}
+            seen = {
+                "booked": ledger.used[self.case.device],
+                "kv_booked": sum(kv_bytes(ledger, key) for key in keys),
+            }
             for model in MODELS:
                 if (pid := self.registry.pid(model)) is not None:
                     for name, size in process_memory(pid).items():
@@ -114,18 +157,18 @@ class Arm:
 
 
 _IDS = itertools.count()
-GREEDY: Final = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
 
 
-async def burst(arm: Arm, model: str, prompts: Sequence[Sequence[int]], clients: int) -> dict[str, Any]:
+async def burst(arm: Arm, model: str, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Many clients at once, each asking one request after the other. Raises MegptError if one fails."""
     left = iter(prompts)
+    greedy = SamplingParams(temperature=0.0, max_tokens=arm.case.output_tokens, ignore_eos=True)
 
     async def one() -> int:
         tokens = 0
         for prompt in left:
             async with arm.registry.lease(model) as engine:
-                asked = Request(id=f"r{next(_IDS)}", prompt_token_ids=tuple(prompt), params=GREEDY)
+                asked = Request(id=f"r{next(_IDS)}", prompt_token_ids=tuple(prompt), params=greedy)
                 async for event in engine.submit(asked):
                     if event.error is not None:
                         raise event.error
@@ -135,7 +178,7 @@ async def burst(arm: Arm, model: str, prompts: Sequence[Sequence[int]], clients:
     async with arm.registry.lease(model):  # its load is no part of the first burst
         pid = arm.registry.pid(model)
     began_cpu_s, started = cpu_seconds(pid), time.perf_counter()
-    tokens = sum(await asyncio.gather(*(one() for _ in range(clients))))
+    tokens = sum(await asyncio.gather(*(one() for _ in range(arm.case.clients))))
     seconds = time.perf_counter() - started
     return {
         "model": model, "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds,
@@ -149,44 +192,45 @@ def cpu_seconds(pid: int | None) -> float:
     return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Bursts on each model of each arm in turn; the first round is dropped."""
+async def measure(
+    case: Case, repetitions: int, console: Console, folder: Path | None = None
+) -> dict[str, Any]:
+    """Bursts on each model of each arm in turn; the first round is dropped. folder: as for `settings_for`."""
     start_fork_server()
-    budget_bytes = await budget_for_both()
+    budget_bytes = await budget_for_both(case, folder)
     async with contextlib.AsyncExitStack() as stack:
         arms: dict[str, Arm] = {}
         for name in ("split", "elastic"):
-            arms[name] = Arm(await stack.enter_async_context(hosting(settings_for(name, budget_bytes))))
+            settings = settings_for(case, name, budget_bytes, folder)
+            arms[name] = Arm(await stack.enter_async_context(hosting(settings)), case)
         with progress_bar(console) as bar:
-            task = bar.add_task("bursts", total=(options.repetitions + 1) * 2 * len(MODELS))
-            for repetition in range(-1, options.repetitions):
+            task = bar.add_task("bursts", total=(repetitions + 1) * 2 * len(MODELS))
+            for repetition in range(-1, repetitions):
                 for number, model in enumerate(MODELS):
                     prompts = random_prompts(
-                        2 * repetition + number, options.requests, PROMPT_TOKENS, VOCABULARY
+                        2 * repetition + number, case.requests, case.prompt_tokens, case.vocabulary
                     )
                     for name in sorted(arms, reverse=(repetition + number) % 2 == 0):
                         bar.update(task, description=f"{model}, {name}", advance=1)
-                        await _one_burst(arms[name], model, prompts, options.clients, keep=repetition >= 0)
+                        await _one_burst(arms[name], model, prompts, keep=repetition >= 0)
         figures = {name: _figures(arm, budget_bytes) for name, arm in arms.items()}
     ratios, cpu_ratios = (
         {model: figures["elastic"][rate][model] / figures["split"][rate][model] for model in MODELS}
         for rate in ("tokens_per_s", "tokens_per_cpu_s")
     )
-    settings = {name: settings_for(name, budget_bytes) for name in arms}
     return {
         "target": TARGET,
+        "case": asdict(case),
         "ratios": ratios,
         "cpu_ratios": cpu_ratios,
-        "settings": settings,
+        "settings": {name: settings_for(case, name, budget_bytes, folder) for name in arms},
         **figures,
     }
 
 
-async def _one_burst(
-    arm: Arm, model: str, prompts: Sequence[Sequence[int]], clients: int, *, keep: bool
-) -> None:
+async def _one_burst(arm: Arm, model: str, prompts: Sequence[Sequence[int]], *, keep: bool) -> None:
     watching = asyncio.create_task(arm.watch())
-    result = await burst(arm, model, prompts, clients)
+    result = await burst(arm, model, prompts)
     watching.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await watching
@@ -196,6 +240,7 @@ async def _one_burst(
 
 def _figures(arm: Arm, budget_bytes: int) -> dict[str, Any]:
     tally = arm.registry.tally
+    compared = ["booked"] if arm.case.device != "cpu" else ["booked", "workers_private_bytes"]
     return {
         **{
             rate: {
@@ -210,8 +255,9 @@ def _figures(arm: Arm, budget_bytes: int) -> dict[str, Any]:
         "memory": {
             "budget_bytes": budget_bytes,
             "most_bytes": arm.most,
-            "compared": ["booked", "workers_private_bytes"],
-            "within_budget": max(arm.most["booked"], arm.most["workers_private_bytes"]) <= budget_bytes,
+            "compared": compared,
+            "kv_bytes": arm.case.kv_bytes,
+            "within_budget": max(arm.most[name] for name in compared) <= budget_bytes,
             "samples": arm.samples,
         },
     }
@@ -240,8 +286,21 @@ def table(record: dict[str, Any]) -> str:
 def sound(figures: dict[str, Any]) -> bool:
     """Whether it stayed within the budget and loaded nothing twice; how fast it was does not count."""
     memory = figures["memory"]
-    kept = bool(memory["within_budget"]) and memory["most_bytes"]["kv_booked"] <= KV_BYTES
+    kept = bool(memory["within_budget"]) and memory["most_bytes"]["kv_booked"] <= memory["kv_bytes"]
     return kept and figures["loads"] == len(MODELS) and figures["evictions"] == 0
+
+
+def on_gpu(cases: dict[str, Case], repetitions: int, console: Console) -> dict[str, Any]:
+    """The records of shapes, by name, and the device's facts."""
+    records: dict[str, Any] = {}
+    for name, case in cases.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = None
+            if name != "demo":
+                folder = Path(scratch)
+                write_model(folder, name, "cpu")
+            records[name] = asyncio.run(measure(case, repetitions, console, folder))
+    return {**accelerator_facts("cuda"), "shapes": records}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -249,26 +308,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.elastic_kv", description=(__doc__ or "").splitlines()[0]
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shapes", nargs="+", choices=tuple(CUDA), default=tuple(CUDA), help="on a GPU")
     parser.add_argument("--repetitions", type=int, default=5, help="of every burst (default: 5)")
-    parser.add_argument("--clients", type=int, default=64, help="at once (default: 64)")
-    parser.add_argument("--requests", type=int, default=128, help="of a burst (default: 128)")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "elastic_kv.json")
+    parser.add_argument("--clients", type=int, help="at once (default: the case's)")
+    parser.add_argument("--requests", type=int, help="of a burst (default: the case's)")
+    parser.add_argument("--output", type=Path, help="default: elastic_kv.json or elastic_kv_h200.json there")
     options = parser.parse_args(argv)
+    console = Console(stderr=True)
     facts = {
         "machine": machine_facts(usable_cpus()),
         "versions": versions(),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "repetitions": options.repetitions,
-        "clients": options.clients,
-        "requests": options.requests,
-        "prompt_tokens": PROMPT_TOKENS,
-        "output_tokens": OUTPUT_TOKENS,
     }
-    record = {**facts, **asyncio.run(measure(options, Console(stderr=True)))}
-    write_record(record, options.output)
-    print(table(record))
-    return 0 if sound(record["split"]) and sound(record["elastic"]) else 1
+    wanted = {"clients": options.clients, "requests": options.requests}
+    sizes = {name: value for name, value in wanted.items() if value is not None}
+    if options.device == "cuda":
+        cases = {name: replace(CUDA[name], **sizes) for name in options.shapes}
+        found = on_gpu(cases, options.repetitions, console)
+        records = found["shapes"]
+    else:
+        found = asyncio.run(measure(replace(CPU, **sizes), options.repetitions, console))
+        records = {"demo": found}
+    name = "elastic_kv.json" if options.device == "cpu" else "elastic_kv_h200.json"
+    write_record({**facts, **found}, options.output or ROOT / "benchmarks" / "results" / name)
+    for shape, record in records.items():
+        print(f"{shape} on {options.device}\n\n{table(record)}\n")
+    return 0 if all(sound(record[arm]) for record in records.values() for arm in ("split", "elastic")) else 1
 
 
 if __name__ == "__main__":

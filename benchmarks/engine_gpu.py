@@ -32,6 +32,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_key_value_heads=8, head_dim=128, vocab_size=128256, max_position_embeddings=8192,
         tie_word_embeddings=False, rope_theta=500000.0,
     ),
+    "llama1b": dict(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, vocab_size=128256, max_position_embeddings=8192,
+        tie_word_embeddings=True, rope_theta=500000.0,
+    ),
     "tiny": dict(
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, vocab_size=1024, max_position_embeddings=2048,

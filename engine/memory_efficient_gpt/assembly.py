@@ -24,17 +24,10 @@ from memory_efficient_gpt.engine_info import EngineInfo
 from memory_efficient_gpt.errors import ConfigError
 from memory_efficient_gpt.hardware import free_memory_bytes, resolve_device
 from memory_efficient_gpt.kv_cache.blocks import BlockAllocator
+from memory_efficient_gpt.kv_cache.building import KVCache, build_cache, keeps_its_size
 from memory_efficient_gpt.kv_cache.geometry import LayerKV
-from memory_efficient_gpt.kv_cache.limit import KVLimit, can_move
-from memory_efficient_gpt.kv_cache.pool import KVPool
-from memory_efficient_gpt.kv_cache.pool_size import (
-    context_length,
-    kv_block_size,
-    kv_dtype,
-    num_pool_blocks,
-    num_reserved_blocks,
-    pool_context,
-)
+from memory_efficient_gpt.kv_cache.limit import KVLimit
+from memory_efficient_gpt.kv_cache.pool_size import context_length, kv_dtype
 from memory_efficient_gpt.loading import (
     check_checkpoint,
     eos_token_ids,
@@ -189,31 +182,26 @@ def build(
         native=config.native_kernels,
     )
     notes = (*notes, reason, *decision.notes, *_batch_dependence(model, backend, device))
-    block_size = kv_block_size(config, device)
     wanted_len, own_notes = context_length(config, model.config, decision.max_model_len)
-    free = free_memory_bytes(device)
-    num_blocks = num_pool_blocks(config, layers, block_size, dtype, device, wanted_len, free)
-    max_len, pool_notes = pool_context(num_blocks, block_size, wanted_len)
-    notes = (*notes, *own_notes, *pool_notes, *_fixed_pool(config, device))
-    movable = config.kv_reserve_bytes is not None and can_move(device)
-    reserved = num_reserved_blocks(config, layers, block_size, dtype, num_blocks) if movable else num_blocks
-    pool = KVPool(layers, reserved, block_size, dtype, device, movable=movable)
-    pool.attach(model)
-    allocator = BlockAllocator(reserved, block_size, prefix_cache=config.prefix_cache)
-    limit = KVLimit(pool, allocator, num_blocks, max_len) if movable else None
+    cache = build_cache(
+        config, layers, dtype, device, wanted_len=wanted_len, free_bytes=free_memory_bytes(device)
+    )
+    cache.pool.attach(model)
+    notes = (*notes, *own_notes, *cache.notes)
     eos = eos_token_ids(model, folder)
     overlap = config.overlap if config.overlap is not None else device.type == "cuda"
     runner = PackedRunner(
-        model, pool, backend, device=device, max_num_seqs=config.max_num_seqs, max_model_len=max_len,
-        end_ids=eos, overlap=overlap, graphs=config.cuda_graphs and backend.name == "triton",
+        model, cache.pool, backend, device=device, max_num_seqs=config.max_num_seqs,
+        max_model_len=cache.max_len, end_ids=eos, overlap=overlap,
+        graphs=config.cuda_graphs and backend.name == "triton",
     )  # fmt: skip
     if device.type == "cuda":
         obstacle = runner.check_graphs(_vocab_size(model))
         notes = (*notes, "CUDA graphs" if obstacle is None else f"no CUDA graphs: {obstacle}")
         decision = decision if obstacle is not None else replace(decision, tier="A")
     info = _info(
-        model, decision, name, device, max_len, eos, backend, pool, notes,
-        prefix_cache=config.prefix_cache, num_blocks=num_blocks, limit=limit,
+        model, decision, name, device, cache.max_len, eos, backend, cache, notes,
+        prefix_cache=config.prefix_cache,
     )  # fmt: skip
     scheduler_config = SchedulerConfig(
         max_num_seqs=config.max_num_seqs,
@@ -221,8 +209,8 @@ def build(
         window=_common_window(layers),
         variant=f"{name}@{config.revision or ''}",
     )
-    sleepable = SleepableModel(model, pool, device, limit)
-    return Parts(info, runner, allocator, scheduler_config, overlap, sleepable, limit)
+    sleepable = SleepableModel(model, cache.pool, device, cache.limit)
+    return Parts(info, runner, cache.allocator, scheduler_config, overlap, sleepable, cache.limit)
 
 
 def _fuse_on_cuda(model: PreTrainedModel, layers: list[LayerKV], device: torch.device) -> tuple[str, ...]:
@@ -256,7 +244,9 @@ def _build_unpacked(
     elif device.type == "cuda" and config.native_kernels:
         notes = (*notes, triton_summary(give_triton_kernels(model)))
     max_len, own_notes = context_length(config, model.config, decision.max_model_len)
-    notes = (*notes, *decision.notes, *own_notes, *_fixed_pool(config, None))
+    notes = (*notes, *decision.notes, *own_notes)
+    if config.kv_reserve_bytes is not None:
+        notes = (*notes, keeps_its_size("transformers owns it"))
     if config.prefix_cache or config.max_num_seqs > 1:
         notes = (*notes, "no prefix cache, one sequence at a time: transformers owns the cache")
     block_size = config.block_size or BLOCK_SIZE_CPU
@@ -278,13 +268,12 @@ def _info(
     max_len: int,
     eos: tuple[int, ...],
     backend: AttentionBackend | None,
-    pool: KVPool | None,
+    cache: KVCache | None,
     notes: tuple[str, ...],
     prefix_cache: bool = False,
-    num_blocks: int = 0,
-    limit: KVLimit | None = None,
 ) -> EngineInfo:
-    """num_blocks: usable ones of the pool, the trash block included."""
+    """cache: None if transformers owns it."""
+    pool, limit = (cache.pool, cache.limit) if cache else (None, None)
     scheme = main_scheme(model)
     return EngineInfo(
         model=name,
@@ -296,11 +285,13 @@ def _info(
         max_model_len=max_len,
         vocab_size=_vocab_size(model),
         eos_token_ids=eos,
-        num_kv_blocks=num_blocks - 1 if pool else 0,
+        num_kv_blocks=cache.num_blocks - 1 if cache else 0,
         block_size=pool.block_size if pool else 0,
         kv_cache_dtype=_dtype_name(pool.dtype) if pool else "transformers",
         weights_bytes=weight_bytes(model),
-        kv_cache_bytes=num_blocks * pool.block_bytes if pool else 0,
+        kv_cache_bytes=cache.held_bytes if cache else 0,
+        kv_block_bytes=pool.block_bytes if pool else 0,
+        kv_granule_bytes=pool.granule_bytes if pool and limit else 0,
         kv_least_bytes=limit.least_bytes if limit else None,
         kv_most_bytes=limit.most_bytes if limit else None,
         attention_backend=backend.name if backend else "transformers",
@@ -308,14 +299,6 @@ def _info(
         prefix_cache=prefix_cache,
         notes=tuple(note for note in notes if note),
     )
-
-
-def _fixed_pool(config: EngineConfig, device: torch.device | None) -> tuple[str, ...]:
-    """What to tell where memory was reserved for a KV pool that can't grow. device: None for tier C."""
-    if config.kv_reserve_bytes is None or (device is not None and can_move(device)):
-        return ()
-    why = "transformers owns it" if device is None else f"memory can't be moved on {device.type} yet"
-    return (f"the KV cache keeps its size: {why}",)
 
 
 def _vocab_size(model: PreTrainedModel) -> int:

@@ -32,7 +32,7 @@ class EngineConfig:
     kv_cache_bytes: size of the KV pool in bytes; None sizes it from `max_num_seqs` and free memory.
     num_kv_blocks: the pool in blocks instead of bytes (tests, benchmarks).
     kv_reserve_bytes: most bytes that `Engine.set_kv_limit` may let the pool grow to: address space, which is
-    no memory until it is used. None: the pool keeps its size, as it does on a GPU (a note says so).
+    no memory until it is used. None: the pool keeps its size. Where memory can't be moved a note says why.
     block_size: tokens of a KV block; None takes 16 on CPU, 64 on CUDA.
     max_num_seqs: sequences computed together.
     max_batched_tokens: tokens of one step; longer prompts are computed in chunks.

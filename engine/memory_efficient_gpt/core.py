@@ -53,9 +53,6 @@ class Engine:
         self._kv_limit = parts.kv_limit
         self._pending: deque[tuple[Step, PendingStep]] = deque()
         self._eos = frozenset(self.info.eos_token_ids)
-        self._block_bytes = self.info.kv_cache_bytes // (
-            self.info.num_kv_blocks + 1
-        )  # the trash block is one
         self._arrivals = 0
         self._random = random.SystemRandom()
         self._closed = False
@@ -100,7 +97,7 @@ class Engine:
             max_len = min(max_len, len(request.prompt_token_ids) + params.max_tokens)
         meter = None
         if request.metered:
-            meter = KvMeter(self._block_bytes, resumed=bool(request.resumed_token_ids))
+            meter = KvMeter(self.info.kv_block_bytes, resumed=bool(request.resumed_token_ids))
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         sequences = []
         for index in request.open_indices:
@@ -182,8 +179,9 @@ class Engine:
 
         Growing is at once, up to `info.kv_most_bytes`. Shrinking takes no block in use and keeps
         `info.kv_least_bytes`; free memory and then the prefix cache is given back before this returns. A pool
-        of fixed size (see EngineInfo) stays as it is. A step under way is no hindrance: on a CPU its writes
-        are over when it was launched.
+        of fixed size (see EngineInfo) stays as it is, and so does one that finds no memory to grow by. A step
+        under way is no hindrance: on a CPU its writes are over when it was launched, and on a GPU memory is
+        taken away only once the device has done it.
         """
         if self._kv_limit is None:
             return self.info.kv_cache_bytes

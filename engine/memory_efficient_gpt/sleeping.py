@@ -85,7 +85,9 @@ class SleepableModel:
             self._parked = None
         fetch_mapped_pages(self._dropped)
         self._dropped = []
-        if self._pool is not None:
+        if self._limit is not None:
+            self._limit.restore()
+        elif self._pool is not None:
             self._pool.restore()
         self.report = None
 

@@ -168,7 +168,10 @@ def _provide(
     if estimate.kv_most_bytes is None:
         level = logging.WARNING if any(limits) else logging.INFO
         logger.log(
-            level, "%s keeps the size of its KV cache: on %s it can't be moved.", name, estimate.device
+            level,
+            "%s keeps the size of its KV cache on %s; its notes say why once it is loaded.",
+            name,
+            estimate.device,
         )
     return Provision(
         estimate,

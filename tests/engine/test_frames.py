@@ -64,7 +64,7 @@ INFO = EngineInfo(
     model="m", architecture="A", tier="B", tier_reason="r", dtype="float32", device="cpu", max_model_len=1,
     vocab_size=2, eos_token_ids=(3, 4), num_kv_blocks=5, block_size=6, kv_cache_dtype="int8", weights_bytes=7,
     kv_cache_bytes=2**40, attention_backend="torch", quantization="int4", prefix_cache=False,
-    notes=("one", "two"), kv_least_bytes=8, kv_most_bytes=2**41,
+    notes=("one", "two"), kv_block_bytes=10, kv_granule_bytes=11, kv_least_bytes=8, kv_most_bytes=2**41,
 )  # fmt: skip
 CONFIG = EngineConfig(
     model="m", revision="r", device="cpu", dtype="float32", quantization="int4", kv_cache_dtype="int8",

@@ -74,14 +74,18 @@ class BlockAllocator:
         """Owned blocks that the limit leaves no room for; they go as their owners release them."""
         return self.num_blocks - 1 - len(self._withheld) - self._limit
 
-    def set_limit(self, limit: int) -> None:
+    def set_limit(self, limit: int, *, highest_first: bool = False) -> None:
         """Let at most `limit` blocks be in use. Free ones go first, then the least recently used cached ones.
 
+        highest_first: those of the highest numbers go, cached or not: what is kept lies close together.
         Raises ValueError unless 1 <= limit <= num_blocks - 1.
         """
         if not 1 <= limit < self.num_blocks:
             raise ValueError(f"the limit must be 1..{self.num_blocks - 1} KV blocks, got {limit}")
         self._limit = limit
+        if self.num_over_limit > 0 and highest_first:
+            self._withhold_highest(self.num_over_limit)
+            return
         if self.num_over_limit > 0:
             self._free.sort(reverse=True)  # high numbers are withheld: whole pages of memory, low ones reused
             going, self._free = self._free[: self.num_over_limit], self._free[self.num_over_limit :]
@@ -92,11 +96,21 @@ class BlockAllocator:
                 self._forget(block)
                 self._withhold(block)
             return
-        returning = sorted(self._withheld)[: -self.num_over_limit]
+        returning = self.returned_by(limit)
         self._withheld.difference_update(returning)
         back = set(returning)
         self._newly_withheld = [block for block in self._newly_withheld if block not in back]
         self._free.extend(reversed(returning))
+
+    def returned_by(self, limit: int) -> list[int]:
+        """Withheld blocks that `set_limit(limit)` would let be used again, in ascending order."""
+        more = limit - (self.num_blocks - 1 - len(self._withheld))
+        return sorted(self._withheld)[: max(0, more)]
+
+    def withheld_if_compact(self, limit: int) -> list[int]:
+        """What would be withheld if the cache were cleared and low numbers kept, in ascending order."""
+        unowned = [block for block in range(1, self.num_blocks) if self._refcounts[block] == 0]
+        return unowned[len(unowned) - max(0, self.num_blocks - 1 - limit) :]
 
     def take_withheld(self) -> list[int]:
         """Blocks withheld since the last call, in ascending order: nobody reads or writes them any more."""
@@ -240,6 +254,16 @@ class BlockAllocator:
         assert self._withheld.isdisjoint((*self._free, *self._evictable)), "a withheld block is free"
         assert all(owned[block] == 0 for block in (*self._free, *self._evictable, *self._withheld))
         assert {self._by_key[c.key] for c in self._content.values()} == set(self._content)
+
+    def _withhold_highest(self, count: int) -> None:
+        """Of the blocks that nobody owns."""
+        going = set(sorted((*self._free, *self._evictable), reverse=True)[:count])
+        self._free = sorted((block for block in self._free if block not in going), reverse=True)
+        for block in going:
+            if block in self._evictable:
+                del self._evictable[block]
+                self._forget(block)
+            self._withhold(block)
 
     def _withhold(self, block: int) -> None:
         self._withheld.add(block)

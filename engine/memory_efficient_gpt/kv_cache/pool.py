@@ -1,7 +1,7 @@
 """The tensors behind the KV blocks.
 
-Purpose: allocate one cache a layer, attach it to its attention module, copy blocks.
-Does not know: which block belongs to whom.
+Purpose: lay out one cache a layer, attach it to its attention module, copy blocks.
+Does not know: which block belongs to whom; where memory comes from.
 Invariant: a block number means the same tokens in every layer.
 
 Letters: N blocks, BS tokens of a block, H kv heads, D head size (key's and value's may differ).
@@ -9,29 +9,18 @@ Letters: N blocks, BS tokens of a block, H kv heads, D head size (key's and valu
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
-import math
-import mmap
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import torch
 from torch import nn
 
+from memory_efficient_gpt.kv_cache.block_sizes import QUANTIZED_DTYPES, BlockSizes
 from memory_efficient_gpt.kv_cache.geometry import LayerKV
+from memory_efficient_gpt.kv_cache.host_memory import HostMemory
+from memory_efficient_gpt.kv_cache.pool_memory import FixedMemory, PoolMemory
 from memory_efficient_gpt.uploads import upload
-
-_SCALE_BYTES = 4
-_PAGE: Final = mmap.PAGESIZE
-_MADV_DONTNEED: Final = 4  # Linux's: the pages read as zeros afterwards
-_MAP_NORESERVE: Final = 0x4000  # Linux's: limits are kept by this engine, not by the system's overcommit rule
-_Zeros = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
-QUANTIZED_DTYPES: Final = (torch.int8, torch.float8_e4m3fn)
 
 
 @dataclass(slots=True)
@@ -49,21 +38,11 @@ class LayerCache:
     value_scale: torch.Tensor | None = None
 
 
-def block_bytes(layers: Sequence[LayerKV], block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, quantized ones' scales included."""
-    total = 0
-    for layer in layers:
-        total += layer.num_kv_heads * (layer.key_dim + layer.value_dim) * dtype.itemsize
-        if dtype in QUANTIZED_DTYPES:
-            total += 2 * layer.num_kv_heads * _SCALE_BYTES
-    return total * block_size
-
-
 class KVPool:
-    """One `[N, BS, H, D]` key and value tensor a layer, zero at first (untouched pages cost nothing).
+    """One `[N, BS, H, D]` key and value tensor a layer, zero at first.
 
-    movable: whether memory will be given back and taken again (CPU only): then pages are the system's small
-    ones, because a huge page would be resident around the first block that is written in it.
+    memory: of this pool alone; None: of fixed size. With memory that moves, blocks may be used once they are
+    kept (`keep_all_but`).
     """
 
     def __init__(
@@ -74,19 +53,42 @@ class KVPool:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        movable: bool = False,
+        memory: PoolMemory | None = None,
     ) -> None:
+        """Raises PoolMemoryError or torch.OutOfMemoryError."""
+        if memory is None:
+            memory = HostMemory() if device.type == "cpu" else FixedMemory(device)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
-        self.num_bytes = num_blocks * block_bytes(layers, block_size, dtype)
-        zeros = _reserved if movable else functools.partial(_zeros, device=device)
-        self.caches = [_layer_cache(layer, num_blocks, block_size, dtype, zeros) for layer in layers]
+        self._memory = memory
+        self._sizes = BlockSizes(layers, block_size, dtype)
+        self._released = False
+        self.num_bytes = num_blocks * self._sizes.block_bytes
+        self.caches = [_layer_cache(layer, num_blocks, block_size, dtype, memory) for layer in layers]
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers."""
-        return self.num_bytes // self.num_blocks
+        return self._sizes.block_bytes
+
+    @property
+    def granule_bytes(self) -> int:
+        """What one granule in every tensor takes: by about as much it grows and shrinks at least."""
+        return self._memory.granule_bytes * self._sizes.num_tensors
+
+    @property
+    def shares_granules(self) -> bool:
+        """Whether memory moves in pieces of many blocks, so that those to be kept should be neighbours."""
+        return self._memory.granule_bytes > 1
+
+    def bytes_of(self, num_blocks: int) -> int:
+        """What is held for the first `num_blocks` blocks."""
+        return self._sizes.bytes_of(num_blocks, self._memory.granule_bytes)
+
+    def blocks_within(self, num_bytes: int) -> int:
+        """Most blocks for which no more than `num_bytes` are held."""
+        return self._sizes.blocks_within(num_bytes, self._memory.granule_bytes)
 
     def attach(self, model: nn.Module) -> None:
         """Give each attention module its cache as `paged_kv` (a plain attribute: not saved, not moved)."""
@@ -109,49 +111,32 @@ class KVPool:
         return [tensor for layer in parts for tensor in layer if tensor is not None]
 
     def release(self) -> int:
-        """Give back all memory that can be, the trash block's too; returns the bytes. Content is lost.
+        """Give back all memory, the trash block's too; returns the bytes. Content is lost.
 
-        On a GPU nothing may touch the pool until `restore`; on a CPU it can be written at any time.
+        Nothing may touch the pool until `restore`.
         """
-        if self.caches[0].key.device.type == "cpu":
-            return self.give_back(range(self.num_blocks))
-        for tensor in self.tensors():
-            tensor.untyped_storage().resize_(0)
-        return self.num_bytes
+        self._released = True
+        return self._memory.keep_all_but([(0, self.num_blocks)])
 
-    def restore(self) -> None:
-        """Have memory again after `release`, all zero. Raises RuntimeError if there is none."""
-        for tensor in self.tensors():
-            storage, size = tensor.untyped_storage(), tensor.numel() * tensor.element_size()
-            if storage.nbytes() != size:
-                storage.resize_(size)
-                with torch.inference_mode():  # whatever mode the pool was made in
-                    tensor.zero_()
+    def restore(self, gone: Sequence[int] = ()) -> None:
+        """Have memory again after `release` for all blocks but `gone` (ascending), all zero.
 
-    def give_back(self, blocks: Sequence[int]) -> int:
-        """Give the memory of `blocks` (ascending, owned by nobody) back to the system; returns the bytes.
-
-        Their content is lost, to zeros where a page went; only whole pages go. They can be written again.
-        Nothing is given back, and 0 is returned, where pages can't be: on a GPU, on other systems than Linux.
+        Raises RuntimeError if there is none.
         """
-        if self.caches[0].key.device.type != "cpu" or sys.platform != "linux":
-            return 0
-        runs = _runs(blocks)
-        return sum(_release_pages(t, first, count) for t in self.tensors() for first, count in runs)
+        self._memory.keep_all_but(_runs(gone))
+        self._released = False
 
-    def most_resident_bytes(self, released: Sequence[int]) -> int:
-        """What can be in memory while the blocks `released` (ascending) are given back and not written.
+    def keep_all_but(self, gone: Sequence[int]) -> int:
+        """Have memory for all blocks but `gone` (ascending, owned by nobody); returns the bytes given back.
 
-        A page stays for each block in it that is not released. The one at the border of what is released up
-        to the pool's end is rounding, and not counted.
+        The content of `gone` is lost. Between `release` and `restore` nothing happens. Raises
+        PoolMemoryError, with everything as it was, if there is too little.
         """
-        gone = 0
-        for first, count in _runs(released):
-            for tensor in self.tensors():
-                size = tensor.stride(0) * tensor.element_size()
-                start, end = _whole_pages(tensor, first, count)
-                gone += count * size if first + count == self.num_blocks else max(0, end - start)
-        return self.num_bytes - gone
+        return 0 if self._released else self._memory.keep_all_but(_runs(gone))
+
+    def held_bytes(self, gone: Sequence[int]) -> int:
+        """What can be in memory while the blocks `gone` (ascending) are given back and not written."""
+        return self._memory.held_bytes(_runs(gone))
 
 
 def _runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
@@ -165,58 +150,18 @@ def _runs(blocks: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _release_pages(tensor: torch.Tensor, first: int, count: int) -> int:
-    """Tell the system that the pages wholly inside of blocks first..first+count-1 are not needed."""
-    start, end = _whole_pages(tensor, first, count)
-    if end <= start:
-        return 0
-    if _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED) != 0:
-        raise OSError(ctypes.get_errno(), "madvise failed")
-    return end - start
-
-
-def _whole_pages(tensor: torch.Tensor, first: int, count: int) -> tuple[int, int]:
-    """Where the pages wholly inside of those blocks begin and end, as addresses."""
-    size = tensor.stride(0) * tensor.element_size()
-    begin = tensor.data_ptr() + first * size
-    return -(-begin // _PAGE) * _PAGE, (begin + count * size) // _PAGE * _PAGE
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
 def _layer_cache(
-    layer: LayerKV, num_blocks: int, block_size: int, dtype: torch.dtype, zeros: _Zeros
+    layer: LayerKV, num_blocks: int, block_size: int, dtype: torch.dtype, memory: PoolMemory
 ) -> LayerCache:
     shape = (num_blocks, block_size, layer.num_kv_heads)
 
     def scales() -> torch.Tensor | None:
-        return zeros(shape, torch.float32) if dtype in QUANTIZED_DTYPES else None
+        return memory.zeros(shape, torch.float32) if dtype in QUANTIZED_DTYPES else None
 
     return LayerCache(
         spec=layer,
-        key=zeros((*shape, layer.key_dim), dtype),
-        value=zeros((*shape, layer.value_dim), dtype),
+        key=memory.zeros((*shape, layer.key_dim), dtype),
+        value=memory.zeros((*shape, layer.value_dim), dtype),
         key_scale=scales(),
         value_scale=scales(),
     )
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that take memory only where they are written, on the CPU: torch.zeros would write them all."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
-
-
-def _reserved(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros in host address space of their own, of which exactly the pages that are written take memory."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    space = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            space.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(space, dtype=torch.uint8).view(dtype).view(shape)

@@ -1,13 +1,15 @@
 """How large the KV pool of a model becomes.
 
 Purpose: from settings and a model's geometry to the pool's dtype, context length and number of blocks.
-Does not know: which memory is meant by "free", models' weights; it allocates nothing.
+Does not know: which memory is meant by "free", models' weights; it allocates nothing and asks no GPU.
 Invariant: loading a model and predicting what it will take ask these functions, so that both agree.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -15,8 +17,8 @@ import torch
 
 from memory_efficient_gpt.config import BLOCK_SIZE_CPU, BLOCK_SIZE_CUDA, EngineConfig
 from memory_efficient_gpt.errors import ConfigError
+from memory_efficient_gpt.kv_cache.block_sizes import BlockSizes
 from memory_efficient_gpt.kv_cache.geometry import LayerKV
-from memory_efficient_gpt.kv_cache.pool import block_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 UNKNOWN_CONTEXT_LENGTH: Final = 4096
 CPU_POOL_SHARE: Final = 0.3
 CUDA_POOL_SHARE: Final = 0.9
+CUDA_GRANULE_BYTES: Final = 2 << 20
+"""Of memory that moves on GPUs, in each tensor. The driver's own figure holds once a model is loaded."""
 
 
 def kv_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -82,36 +86,76 @@ def num_pool_blocks(
     device: torch.device,
     max_len: int,
     free_bytes: int,
+    granule: int = 1,
 ) -> int:
     """Blocks of the pool, the trash block included. free_bytes: what is free on `device` beside the weights.
 
-    Raises ConfigError where there is no room for two.
+    granule: of the pool's memory; a size in bytes is filled with whole ones. Raises ConfigError where
+    there is no room for two.
     """
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks + 1
-    one = block_bytes(layers, block_size, dtype)
+    sizes = BlockSizes(layers, block_size, dtype)
+    two = sizes.bytes_of(2, granule)
     if config.kv_cache_bytes is not None:
-        blocks = config.kv_cache_bytes // one
+        blocks = sizes.blocks_within(config.kv_cache_bytes, granule)
         if blocks < 2:
-            raise ConfigError([f"kv_cache_bytes is {config.kv_cache_bytes:,}; two blocks take {2 * one:,}."])
+            raise ConfigError([f"kv_cache_bytes is {config.kv_cache_bytes:,}; two blocks take {two:,}."])
         return blocks
     share = CPU_POOL_SHARE if device.type == "cpu" else CUDA_POOL_SHARE
-    room = int(free_bytes * share) // one
+    room = sizes.blocks_within(int(free_bytes * share), granule)
     wanted = config.max_num_seqs * math.ceil(max_len / block_size) + 1
     if room < 2:
         raise ConfigError(
             [f"no memory for a KV cache: {free_bytes:,} bytes are free on {device}, "
-             f"two blocks take {2 * one:,}."]
+             f"two blocks take {two:,}."]
         )  # fmt: skip
     return min(wanted, room)
 
 
 def num_reserved_blocks(
-    config: EngineConfig, layers: Sequence[LayerKV], block_size: int, dtype: torch.dtype, num_blocks: int
+    config: EngineConfig,
+    layers: Sequence[LayerKV],
+    block_size: int,
+    dtype: torch.dtype,
+    num_blocks: int,
+    granule: int = 1,
 ) -> int:
     """Blocks that the pool of `num_blocks` can grow to, the trash block included."""
-    one = block_bytes(layers, block_size, dtype)
-    return max(num_blocks, (config.kv_reserve_bytes or 0) // one)
+    sizes = BlockSizes(layers, block_size, dtype)
+    return max(num_blocks, sizes.blocks_within(config.kv_reserve_bytes or 0, granule))
+
+
+def granule_bytes(device: torch.device) -> int:
+    """Of memory that moves on `device`, as it is before a driver is asked."""
+    return CUDA_GRANULE_BYTES if device.type == "cuda" else 1
+
+
+def moving_obstacle(
+    config: EngineConfig,
+    layers: Sequence[LayerKV],
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    granule: int,
+) -> str | None:
+    """Why a pool on `device` can't give memory back and take it again, or None, as far as settings tell."""
+    if sys.platform != "linux":
+        return f"memory is not moved on {sys.platform}"
+    if device.type == "cuda" and not _has_cuda_bindings():
+        return "the package cuda-bindings is not installed"
+    least = BlockSizes(layers, block_size, dtype).bytes_of(2, granule)
+    if config.kv_cache_bytes is not None and config.num_kv_blocks is None and config.kv_cache_bytes < least:
+        return f"its {config.kv_cache_bytes:,} bytes are less than the {least:,} that move at a time"
+    return None
+
+
+def _has_cuda_bindings() -> bool:
+    """Whether they can be imported, without doing it: that would load the driver's library."""
+    try:
+        return importlib.util.find_spec("cuda.bindings.driver") is not None
+    except ImportError:
+        return False
 
 
 def pool_context(num_blocks: int, block_size: int, max_len: int) -> tuple[int, tuple[str, ...]]:

@@ -19,13 +19,14 @@ import torch
 from memory_efficient_gpt.config import EngineConfig, TierName
 from memory_efficient_gpt.errors import CheckpointError, ConfigError, UnsupportedModelError
 from memory_efficient_gpt.hardware import free_memory_bytes, resolve_device
+from memory_efficient_gpt.kv_cache.block_sizes import BlockSizes
 from memory_efficient_gpt.kv_cache.geometry import LayerKV, probe_geometry, token_bytes
-from memory_efficient_gpt.kv_cache.limit import can_move
-from memory_efficient_gpt.kv_cache.pool import block_bytes
 from memory_efficient_gpt.kv_cache.pool_size import (
     context_length,
+    granule_bytes,
     kv_block_size,
     kv_dtype,
+    moving_obstacle,
     num_pool_blocks,
     pool_context,
 )
@@ -96,7 +97,7 @@ def _estimate(
         load_peak_bytes=max(weights.peak_bytes, weights.num_bytes), device=str(device), tier=decision.tier,
         dtype=_name(dtype), kv_cache_dtype=_name(pool.dtype) if pool.dtype else "transformers",
         max_model_len=pool.max_len, wanted_model_len=max_len, quantization=weights.quantization,
-        kv_context_bytes=pool.context_bytes, kv_can_move=pool.dtype is not None and can_move(device),
+        kv_context_bytes=pool.context_bytes, kv_can_move=pool.movable,
         notes=(*notes, *dtype_notes, *weights.notes, *decision.notes, *length_notes, *pool.notes),
     )  # fmt: skip
 
@@ -151,6 +152,7 @@ class _Pool:
     num_bytes: int = 0
     dtype: torch.dtype | None = None
     context_bytes: int = 0
+    movable: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -167,17 +169,19 @@ def _pool(
     if decision.tier == "C" or layers is None:
         return _Pool(max_len)
     kv, size = kv_dtype(config, dtype, device), kv_block_size(config, device)
-    one = block_bytes(layers, size, kv)
-    full = math.ceil(max_len / size) + 1
+    movable = moving_obstacle(config, layers, size, kv, device, granule_bytes(device)) is None
+    granule = granule_bytes(device) if movable and config.kv_reserve_bytes is not None else 1
+    sizes = BlockSizes(layers, size, kv)
+    full = sizes.bytes_of(math.ceil(max_len / size) + 1, granule)
     try:
-        blocks = num_pool_blocks(config, layers, size, kv, device, max_len, free)
+        blocks = num_pool_blocks(config, layers, size, kv, device, max_len, free, granule)
     except ConfigError:
         if config.kv_cache_bytes is not None:
             raise
         note = f"free memory leaves no room for a KV cache; counted is one for {max_len:,} tokens"
-        return _Pool(max_len, full * one, kv, full * one, (note,))
+        return _Pool(max_len, full, kv, full, movable, (note,))
     held, notes = pool_context(blocks, size, max_len)
-    return _Pool(held, blocks * one, kv, full * one, notes)
+    return _Pool(held, sizes.bytes_of(blocks, granule), kv, full, movable, notes)
 
 
 def _weight_files(model: str, folder: Path) -> tuple[Sequence[Path] | None, tuple[str, ...]]:

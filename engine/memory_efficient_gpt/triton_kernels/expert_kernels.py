@@ -18,8 +18,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memory_efficient_gpt.triton_kernels.expert_routing import after_the_kernel_before, tile_of
+from memory_efficient_gpt.triton_kernels.expert_routing import tile_of
 from memory_efficient_gpt.triton_kernels.layer_kernels import activate
+from memory_efficient_gpt.triton_kernels.overlap import follow
 
 
 @triton.jit
@@ -112,7 +113,7 @@ def float_experts_kernel(
     gated: x `[T, K]` are tokens, y `[S, N]` gated products in the order of sorted rows. Otherwise x `[S, K]`
     has that order, y `[S, N]` that of pairs. Grid (tiles, ceil(weights' outputs / BN)).
     """
-    after_the_kernel_before(early)
+    follow(early)
     precision: tl.constexpr = "ieee" if x.dtype.element_ty == tl.float32 else "tf32"
     expert, place, pair, exists = tile_of(
         index, order, tile_experts, tile_starts, tile_ends, tl.program_id(0), E, direct, BM

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from memory_efficient_gpt.triton_kernels.expert_kernels import outputs_of, write_tile
-from memory_efficient_gpt.triton_kernels.expert_routing import after_the_kernel_before, tile_of
+from memory_efficient_gpt.triton_kernels.expert_routing import tile_of
+from memory_efficient_gpt.triton_kernels.overlap import follow
 from memory_efficient_gpt.triton_kernels.parameters import SPAN, load_scale, shift_of
 from memory_efficient_gpt.triton_kernels.unpacking import unpack_slice
 
@@ -48,7 +49,7 @@ def quantized_experts_kernel(
     early: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """As `float_experts_kernel`; the weight as packing.py has it. group 0: one scale an output."""
-    after_the_kernel_before(early)
+    follow(early)
     half: tl.constexpr = x.dtype.element_ty == tl.float16
     slices: tl.constexpr = 4 if code == "int4" else 2
     width: tl.constexpr = SPAN // slices

@@ -13,15 +13,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@triton.jit
-def after_the_kernel_before(early: tl.constexpr):
-    """Let the next kernel start, and wait for the one before: both were launched early."""
-    if early:
-        gdc_launch_dependents()
-        gdc_wait()
+from memory_efficient_gpt.triton_kernels.overlap import follow
 
 
 @triton.jit(do_not_specialize=["S", "slots"])
@@ -35,7 +28,7 @@ def route_kernel(
     expert's is left out. tile_experts, tile_starts, tile_ends `[slots] int32`: a tile's expert (-1: no tile),
     its first row in `order` and where its expert's rows end. BINS: a power of two above E.
     """
-    after_the_kernel_before(early)
+    follow(early)
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     counts = tl.zeros([BINS], tl.int32)
@@ -99,7 +92,7 @@ def combine_kernel(
     A product is rounded where torch's would be: if weights have the rows' dtype. The sum is float32.
     Grid (T, ceil(D / BLOCK)).
     """
-    after_the_kernel_before(early)
+    follow(early)
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

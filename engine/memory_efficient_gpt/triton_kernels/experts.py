@@ -11,13 +11,13 @@ Letters: T tokens, k experts of a token, E experts, D hidden size, I inner size,
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 import triton
 
+from memory_efficient_gpt.triton_kernels.availability import can_overlap
 from memory_efficient_gpt.triton_kernels.expert_kernels import float_experts_kernel
 from memory_efficient_gpt.triton_kernels.expert_quantized import quantized_experts_kernel
 from memory_efficient_gpt.triton_kernels.expert_routing import combine_kernel, route_kernel
@@ -36,8 +36,6 @@ ACTIVATIONS: Final = ("silu", "gelu_tanh", "gelu", "sigmoid")
 _COMBINE_BLOCK: Final = 1024
 _ROUTE_BLOCK: Final = 1024
 _LEAST_BINS: Final = 128
-_EARLY_MAJOR: Final = 9
-"""Compute capability from which a kernel can begin while the one before runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +122,7 @@ def routed_mlp(
     if tiles[0].rows != tiles[1].rows:  # the products share the sorted rows' tiles
         raise ValueError("both products need tiles of equal rows")
     x, index, weights = x.contiguous(), index.contiguous(), weights.contiguous()
-    early = _begins_early(x.device)
+    early = can_overlap(x.device)
     with torch.cuda.device(x.device):
         routes = _route(index, gate_up.num_experts, tiles[0].rows, early)
         inner = x.new_empty((index.numel(), gate_up.num_outputs // 2))
@@ -148,11 +146,6 @@ def _tile(stack: Stack, dtype: torch.dtype, rows: int) -> ExpertTile:
             raise ValueError("no Triton kernel multiplies quantized experts in float32")
         return QUANTIZED_TILES[rows] if stack.weight.offsets is None else ASYMMETRIC_TILES[rows]
     return FULL_TILES[rows] if dtype is torch.float32 else FLOAT_TILES[rows]
-
-
-@functools.cache
-def _begins_early(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= _EARLY_MAJOR
 
 
 def _route(index: torch.Tensor, num_experts: int, rows: int, early: bool) -> _Routes:

@@ -22,7 +22,7 @@ def wanted_kv_bytes(info: EngineInfo, stats: EngineStats, preempted: bool) -> in
     """How many bytes more it could use now; 0: it has enough.
 
     preempted: whether sequences lost their blocks since it was last looked at. As much is wanted as lets all
-    waiting sequences run, if each takes what those that run have taken.
+    waiting sequences run, if each takes what those that run have taken, and not less than moves at a time.
     """
     blocks = stats.num_kv_blocks
     if info.kv_most_bytes is None or blocks <= 0:
@@ -33,4 +33,4 @@ def wanted_kv_bytes(info: EngineInfo, stats: EngineStats, preempted: bool) -> in
         return 0
     each = math.ceil(used / stats.num_running) if stats.num_running else 1
     more = max(max(1, stats.num_waiting) * max(1, each), math.ceil(LEAST_GROWTH * blocks))
-    return more * (info.kv_cache_bytes // (info.num_kv_blocks + 1))
+    return max(more * info.kv_block_bytes, info.kv_granule_bytes)

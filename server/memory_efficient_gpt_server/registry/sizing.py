@@ -56,6 +56,7 @@ def sized(
     `max_num_seqs` requests of full length fill, within its hard limit and the budget. One of a given size
     grows only if there is a hard limit. Raises MegptError, as loading would.
     """
+    config = replace(config, kv_reserve_bytes=budget_bytes)  # its memory comes as that of one that grows
     predicted = estimate(config, free_bytes=_NO_LIMIT)
     most = min(limits.hard_bytes or budget_bytes, budget_bytes)
     if config.kv_cache_bytes is None and config.num_kv_blocks is None and predicted.kv_cache_bytes:
@@ -63,7 +64,7 @@ def sized(
         first = min(_first_bytes(predicted, budget_bytes, limits.soft_bytes), most)
         config = replace(config, kv_cache_bytes=first)
         if predicted.kv_cache_bytes > first:
-            predicted = estimate(config)
+            predicted = estimate(config, free_bytes=_NO_LIMIT)  # asking a GPU would take memory there
     elif limits.hard_bytes is None:
         most = predicted.kv_cache_bytes
     if limits.hard_bytes is not None and predicted.kv_cache_bytes > limits.hard_bytes:

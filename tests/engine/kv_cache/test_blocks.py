@@ -177,3 +177,31 @@ def test_a_higher_limit_returns_blocks_that_were_withheld() -> None:
 def test_a_limit_outside_of_the_pool_is_refused(limit: int) -> None:
     with pytest.raises(ValueError, match=f"1..4 KV blocks, got {limit}"):
         BlockAllocator(5, 4).set_limit(limit)
+
+
+def test_the_highest_numbers_go_first_where_that_is_asked_for_cached_or_not() -> None:
+    allocator = BlockAllocator(9, 1)
+    blocks = [allocator.allocate() for _ in range(8)]
+    root = allocator.root_key()
+    for block in (2, 7):
+        allocator.register(block, root, [block])
+    allocator.release([block for block in blocks if block != 8])
+    allocator.set_limit(5, highest_first=True)
+    assert allocator.withheld() == allocator.take_withheld() == [5, 6, 7]
+    assert [block for block, _ in allocator.match(root, [2])] == [2] and not allocator.match(root, [7])
+    allocator.check_integrity([[8]])
+    allocator.set_limit(1, highest_first=True)
+    assert allocator.withheld() == [1, 2, 3, 4, 5, 6, 7] and allocator.num_cached == 0
+    assert allocator.returned_by(3) == [1, 2]
+    allocator.set_limit(3)
+    assert [allocator.allocate(), allocator.allocate()] == [1, 2]
+
+
+def test_compact_are_the_lowest_numbers_beside_those_in_use() -> None:
+    allocator = BlockAllocator(9, 1)
+    for _ in range(8):
+        allocator.allocate()
+    allocator.release([1, 3, 4, 5, 8])
+    assert allocator.withheld_if_compact(8) == []
+    assert allocator.withheld_if_compact(5) == [4, 5, 8]
+    assert allocator.withheld_if_compact(3) == [1, 3, 4, 5, 8]

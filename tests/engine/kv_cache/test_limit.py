@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.core import Engine
 from memory_efficient_gpt.kv_cache.blocks import BlockAllocator
+from memory_efficient_gpt.kv_cache.host_memory import HostMemory
 from memory_efficient_gpt.kv_cache.limit import KVLimit
 from memory_efficient_gpt.kv_cache.pool import KVPool
 from memory_efficient_gpt.request import Request, SamplingParams
@@ -136,7 +137,7 @@ def test_it_grows_no_further_than_its_address_space() -> None:
 def test_what_is_told_is_never_less_than_what_is_in_memory(dtype: torch.dtype) -> None:
     """Blocks smaller than a page, taken and released at random."""
     rng = np.random.default_rng(1)
-    pool = KVPool(layers(3, key_dim=8, value_dim=16), 401, 16, dtype, CPU, movable=True)
+    pool = KVPool(layers(3, key_dim=8, value_dim=16), 401, 16, dtype, CPU, memory=HostMemory(movable=True))
     allocator = BlockAllocator(401, 16)
     limit = KVLimit(pool, allocator, 201, max_len=64)
     rounding = 4096 * len(tensors_of(pool))
@@ -164,7 +165,7 @@ def test_the_reserve_takes_no_memory() -> None:
         return int(line.split()[1]) * 1024
 
     before = committed_and_resident()
-    pool = KVPool(layers(4), 50_000, 16, torch.bfloat16, CPU, movable=True)
+    pool = KVPool(layers(4), 50_000, 16, torch.bfloat16, CPU, memory=HostMemory(movable=True))
     assert pool.num_bytes > 2_000_000_000
     pool.caches[0].key[7] = 1
     assert present_bytes(pool) <= 4 * 4096

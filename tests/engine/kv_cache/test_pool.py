@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from memory_efficient_gpt.kv_cache.block_sizes import block_bytes
 from memory_efficient_gpt.kv_cache.geometry import LayerKV
-from memory_efficient_gpt.kv_cache.pool import KVPool, block_bytes
+from memory_efficient_gpt.kv_cache.pool import KVPool
+from memory_efficient_gpt.kv_cache.pool_memory import FixedMemory
 
 CPU = torch.device("cpu")
 
@@ -24,15 +26,11 @@ def layers(count: int, *, key_dim: int = 64, value_dim: int = 32) -> list[LayerK
 
 
 def test_a_pool_that_was_released_can_be_restored_and_is_zero() -> None:
-    pool = KVPool(layers(2), num_blocks=8, block_size=4, dtype=torch.int8, device=CPU)
+    pool = KVPool(layers(2), 8, 4, torch.int8, CPU, memory=FixedMemory(CPU))  # as on a GPU
     for tensor in pool.tensors():
         tensor.fill_(3)
-    pool.release()
-    pool.restore()
-    for tensor in pool.tensors():
-        tensor.fill_(3)  # on a CPU it can be written at any time
-        tensor.data = tensor.clone()  # as on a GPU: memory of torch's own, which can be taken away
-        tensor.untyped_storage().resize_(0)
+    assert pool.held_bytes(()) == pool.release() == pool.num_bytes
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in pool.tensors())
     pool.restore()
     assert all(tensor.shape[:2] == (8, 4) and not tensor.any() for tensor in pool.tensors())
 
@@ -102,7 +100,7 @@ def test_blocks_given_back_leave_memory_and_read_as_zeros(dtype: torch.dtype) ->
     for tensor in tensors_of(pool):
         tensor.fill_(1)
     full = present_bytes(pool)
-    given = pool.give_back([*range(512, 1024), *range(1030, 2048)])
+    given = pool.keep_all_but([*range(512, 1024), *range(1030, 2048)])
     share = given / pool.num_bytes
     assert 0.6 < share < (512 + 1018) / 2048
     assert present_bytes(pool) == full - given
@@ -117,5 +115,5 @@ def test_nothing_smaller_than_a_page_is_given_back() -> None:
     pool = KVPool(layers(1), 8, 1, torch.int8, CPU)
     for cache in pool.caches:
         cache.key.fill_(3)
-    assert pool.give_back([2]) == 0 and pool.give_back([]) == 0
+    assert pool.keep_all_but([2]) == 0 and pool.keep_all_but([]) == 0
     assert all((cache.key == 3).all() for cache in pool.caches)

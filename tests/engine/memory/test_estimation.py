@@ -247,6 +247,33 @@ def test_an_8b_model_takes_what_was_measured_on_an_h100(quantization: Any, weigh
     assert (found.load_peak_bytes > weights) == any("quantized while loading" in n for n in found.notes)
 
 
+GRANULES = 64 * (2 << 20)
+"""One granule in each tensor of the 8B model; it holds 16 blocks of 64 tokens."""
+
+
+@pytest.mark.parametrize("bindings", [True, False])
+def test_a_cache_that_moves_on_a_gpu_counts_what_is_mapped(
+    bindings: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memory_efficient_gpt.kv_cache.pool_size._has_cuda_bindings", lambda: bindings)
+    sizes: dict[str, Any] = dict(model="8b", max_model_len=8192, max_num_seqs=1)
+    device = torch.device("cuda", 0)
+
+    def kv(**options: Any) -> MemoryEstimate:
+        return estimate_config(
+            llama_8b(), EngineConfig(**sizes, **options), device=device, free_bytes=80 * 10**9
+        )
+
+    fixed, elastic = kv(), kv(kv_reserve_bytes=60 * 10**9)
+    assert fixed.kv_can_move is elastic.kv_can_move is bindings
+    assert fixed.kv_cache_bytes == fixed.kv_context_bytes == 129 * GRANULES // 16
+    whole = 9 * GRANULES if bindings else fixed.kv_cache_bytes
+    assert elastic.kv_cache_bytes == elastic.kv_context_bytes == whole, "the reserve counts nothing"
+    given = kv(kv_reserve_bytes=60 * 10**9, kv_cache_bytes=3 * GRANULES - 1)
+    assert given.kv_cache_bytes == (2 * GRANULES if bindings else (3 * 16 - 1) * GRANULES // 16)
+    assert not kv(kv_reserve_bytes=60 * 10**9, kv_cache_bytes=GRANULES - 1).kv_can_move
+
+
 def test_native_and_triton_layouts_are_padded_each_in_its_way() -> None:
     shape = CASES["llama"].config()
     config = EngineConfig(model="small", quantization="int4-g128", num_kv_blocks=8)

@@ -84,7 +84,12 @@ class FakeEngine(ScriptedEngine):
         if self._kv is not None:
             first, most = self._kv
             self.info = replace(
-                self.info, kv_cache_bytes=first, num_kv_blocks=first - 1, kv_least_bytes=0, kv_most_bytes=most
+                self.info,
+                kv_cache_bytes=first,
+                num_kv_blocks=first - 1,
+                kv_block_bytes=1,
+                kv_least_bytes=0,
+                kv_most_bytes=most,
             )
         self.state, self.reason = "ready", None
 

@@ -10,7 +10,9 @@ from memory_efficient_gpt.engine_info import EngineStats
 from memory_efficient_gpt_server.registry.kv_demand import wanted_kv_bytes
 from tests.server.scripted_model import INFO
 
-ELASTIC = replace(INFO, num_kv_blocks=99, kv_cache_bytes=1000, kv_least_bytes=10, kv_most_bytes=10**6)
+ELASTIC = replace(
+    INFO, num_kv_blocks=99, kv_cache_bytes=1000, kv_block_bytes=10, kv_least_bytes=10, kv_most_bytes=10**6
+)
 """100 blocks of 10 bytes, one of them the trash block."""
 BUSY = EngineStats(num_kv_blocks=100, num_free_blocks=0, num_running=10)
 
@@ -36,6 +38,14 @@ def test_an_idle_engine_and_one_that_waits_for_slots_want_nothing() -> None:
     stats = replace(BUSY, num_free_blocks=50, num_waiting=9)
     assert wanted_kv_bytes(ELASTIC, stats, preempted=False) == 0
     assert wanted_kv_bytes(ELASTIC, EngineStats(), preempted=True) == 0
+
+
+def test_no_less_is_wanted_than_moves_at_a_time() -> None:
+    coarse = replace(ELASTIC, kv_granule_bytes=5000)
+    assert wanted_kv_bytes(coarse, BUSY, preempted=True) == 5000
+    assert wanted_kv_bytes(coarse, BUSY, preempted=False) == 0
+    stats = replace(BUSY, num_waiting=60, num_waiting_for_blocks=60)
+    assert wanted_kv_bytes(coarse, stats, preempted=False) == 60 * 10 * 10
 
 
 def test_a_cache_of_fixed_size_wants_nothing() -> None:

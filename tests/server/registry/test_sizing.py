@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.errors import ConfigError
@@ -88,6 +90,25 @@ def test_a_cache_of_a_given_size_grows_only_with_a_hard_limit() -> None:
     assert sized(given, 80_000_000, KvLimits(hard_bytes=9_000_000))[1].kv_most_bytes == 9_000_000
     with pytest.raises(ConfigError, match=r"begins with 4,939,776 bytes; its kv_hard_limit_bytes is 10"):
         sized(given, 80_000_000, KvLimits(hard_bytes=10))
+
+
+@moves
+def test_on_a_gpu_a_cache_has_whole_granules_from_the_first_to_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        "memory_efficient_gpt.memory.estimation.resolve_device", lambda name: torch.device("cuda", 0)
+    )
+    monkeypatch.setattr("memory_efficient_gpt.kv_cache.pool_size._has_cuda_bindings", lambda: True)
+    granules = 12 * (2 << 20)  # of 256 blocks; eight full requests are 257
+    config, estimate = sized(DEMO, 1 << 40)
+    assert estimate.device == "cuda:0" and estimate.kv_least_bytes == granules
+    assert estimate.kv_bytes == estimate.kv_most_bytes == config.kv_cache_bytes == 2 * granules
+    config, estimate = sized(replace(DEMO, max_num_seqs=64), 200_000_000)
+    assert (config.kv_cache_bytes, estimate.kv_bytes) == (50_000_000, granules)
+    assert estimate.kv_most_bytes == config.kv_reserve_bytes == 200_000_000
+    config, estimate = sized(DEMO, 1 << 40, KvLimits(hard_bytes=granules - 1))
+    assert estimate.kv_most_bytes is None, "it is smaller than what moves at a time"
 
 
 @moves
