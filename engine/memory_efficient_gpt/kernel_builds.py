@@ -78,13 +78,13 @@ def build_for_model(config: EngineConfig, progress: Progress) -> Build:
     ModelNotFoundError and UnsupportedModelError as a load does.
     """
     device = resolve_device(config.device)
+    start, folder = time.monotonic(), binaries_folder()
+    before = _count(folder, _BINARY)  # the question whether kernels can run compiles the first one
     if (reason := triton_obstacle(device)) is not None:
         raise ConfigError(
             [f"kernels for {config.model} are compiled by running them, on a CUDA device: {reason}. "
              "The CPU's kernels are the same for all models: leave the model out."]
         )  # fmt: skip
-    start, folder = time.monotonic(), binaries_folder()
-    before = _count(folder, _BINARY)
     engine = random_engine(config, device, progress)
     try:
         run_steps(engine, config, progress)
