@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from memory_efficient_gpt.attention.backends import choose_backend
-from memory_efficient_gpt.attention.context import AttentionBackend
+from memory_efficient_gpt.attention.context import AttentionBackend, TurningBackend
 from memory_efficient_gpt.attention.model_setup import prepare_model
 from memory_efficient_gpt.config import BLOCK_SIZE_CPU, EngineConfig
 from memory_efficient_gpt.engine_info import EngineInfo
@@ -38,6 +38,7 @@ from memory_efficient_gpt.loading import (
     resolve_model,
 )
 from memory_efficient_gpt.native.build import Unavailable
+from memory_efficient_gpt.native.deferral import DeferredKind
 from memory_efficient_gpt.native.layers import NativeLayer
 from memory_efficient_gpt.native.ops import Kernels, load_kernels
 from memory_efficient_gpt.quantization import bitsandbytes
@@ -182,6 +183,11 @@ def build(
         native=config.native_kernels,
     )
     notes = (*notes, reason, *decision.notes, *_batch_dependence(model, backend, device))
+    graphs = config.cuda_graphs and backend.name == "triton"
+    defers: frozenset[DeferredKind] = frozenset()
+    if graphs and config.native_kernels:
+        defers, note = _try_deferral(model, layers, backend, dtype, device)
+        notes = (*notes, note)
     wanted_len, own_notes = context_length(config, model.config, decision.max_model_len)
     cache = build_cache(
         config, layers, dtype, device, wanted_len=wanted_len, free_bytes=free_memory_bytes(device)
@@ -192,8 +198,7 @@ def build(
     overlap = config.overlap if config.overlap is not None else device.type == "cuda"
     runner = PackedRunner(
         model, cache.pool, backend, device=device, max_num_seqs=config.max_num_seqs,
-        max_model_len=cache.max_len, end_ids=eos, overlap=overlap,
-        graphs=config.cuda_graphs and backend.name == "triton",
+        max_model_len=cache.max_len, end_ids=eos, overlap=overlap, graphs=graphs, defers=defers,
     )  # fmt: skip
     if device.type == "cuda":
         obstacle = runner.check_graphs(_vocab_size(model))
@@ -225,6 +230,25 @@ def _fuse_on_cuda(model: PreTrainedModel, layers: list[LayerKV], device: torch.d
     multiply = None if isinstance(kernels, Unavailable) else kernels.linear
     merged = merge_linears(model, lambda: packed_logits(model, layers, device), multiply)
     return merged.summary(), fuse(model).summary()
+
+
+def _try_deferral(
+    model: PreTrainedModel,
+    layers: list[LayerKV],
+    backend: AttentionBackend,
+    kv_dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[frozenset[DeferredKind], str]:
+    """What may wait for the next call in captured steps, where the host's time is nothing."""
+    from memory_efficient_gpt.fusion.deferral_trial import try_deferral
+    from memory_efficient_gpt.fusion.trial_run import WritesOnly, packed_logits
+
+    assert isinstance(backend, TurningBackend), "the Triton backend turns and writes"
+    writes = WritesOnly(backend)
+    report = try_deferral(
+        lambda: packed_logits(model, layers, device, writes, kv_dtype), ("sums", "turns", "head_norms")
+    )
+    return report.kinds, report.summary()
 
 
 def _build_unpacked(

@@ -7,6 +7,7 @@ Invariant: what rows that count give does not depend on the padding; `compute` n
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +15,7 @@ import torch
 
 from memory_efficient_gpt.attention.context import AttentionBackend, StepContext
 from memory_efficient_gpt.attention.interface import forward_packed
+from memory_efficient_gpt.native.deferral import Deferral, DeferredKind
 from memory_efficient_gpt.sampling.batch import RowParameters
 from memory_efficient_gpt.sampling.draw import draw_tokens
 from memory_efficient_gpt.sampling.ordering import argmax
@@ -57,13 +59,16 @@ class PaddedSteps:
         last_tokens: torch.Tensor,
         block_size: int,
         max_blocks: int,
+        defers: frozenset[DeferredKind] = frozenset(),
     ) -> None:
+        """defers: kinds of calls that wait for the next one in `compute` (native/deferral.py)."""
         self.device = last_tokens.device
         self._model = model
         self._backend = backend
         self._last_tokens = last_tokens
         self._block_size = block_size
         self._max_blocks = max_blocks
+        self._defers = defers
         largest = largest_shape(len(last_tokens) - 1, max_blocks * block_size)
         self._inputs = torch.zeros(self._fields(largest).size, dtype=torch.int32, device=self.device)
         self._staging = Staging(len(self._inputs), self.device)
@@ -103,7 +108,9 @@ class PaddedSteps:
             host_query_lens=[1] * shape.rows if shape.decode else None,
         )
         rows = packed[fields.logit_rows].long()
-        logits = forward_packed(self._model, ids, packed[fields.positions].long(), context, rows)
+        positions = packed[fields.positions].long()
+        with Deferral(self._defers) if self._defers else nullcontext():
+            logits = forward_packed(self._model, ids, positions, context, rows)
         if kind.choice is None:
             self._keep_logits(logits)
         else:

@@ -16,6 +16,7 @@ import torch
 from memory_efficient_gpt.attention.context import AttentionBackend, StepContext
 from memory_efficient_gpt.attention.interface import forward_packed
 from memory_efficient_gpt.kv_cache.pool import KVPool
+from memory_efficient_gpt.native.deferral import DeferredKind
 from memory_efficient_gpt.padded_steps import PaddedSteps
 from memory_efficient_gpt.sequence import Step
 from memory_efficient_gpt.step_graphs import StepGraphs
@@ -41,6 +42,7 @@ class PackedRunner:
     """Runs a model whose attention goes through the paged cache (tiers A and B).
 
     graphs: whether steps may be captured as CUDA graphs; `graph_obstacle` says why they are not, or None.
+    defers: what waits for the next call in these steps (native/deferral.py).
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class PackedRunner:
         end_ids: tuple[int, ...],
         overlap: bool,
         graphs: bool = False,
+        defers: frozenset[DeferredKind] = frozenset(),
     ) -> None:
         self._model = model
         self._pool = pool
@@ -71,7 +74,7 @@ class PackedRunner:
             self._graphs = StepGraphs(
                 PaddedSteps(
                     model, backend, last_tokens=self._last_tokens, block_size=pool.block_size,
-                    max_blocks=max_blocks,
+                    max_blocks=max_blocks, defers=defers,
                 )
             )  # fmt: skip
 

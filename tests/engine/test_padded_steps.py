@@ -10,11 +10,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.core import Engine
+from memory_efficient_gpt.fusion.apply import fuse
+from memory_efficient_gpt.native.deferral import DeferredKind
 from memory_efficient_gpt.padded_steps import PaddedSteps, StepKind
 from memory_efficient_gpt.request import Request, SamplingParams
 from memory_efficient_gpt.runner import PackedRunner
 from memory_efficient_gpt.step_layout import StepLayout
 from memory_efficient_gpt.step_shape import Choice, RowsToSample, shape_of
+from tests.engine.fusion.joining_kernels import JoiningBackend, JoiningKernels
 
 SIZES: dict[str, Any] = dict(
     vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -59,13 +62,14 @@ def make_engine(kind: str, **options: Any) -> Engine:
     return Engine.from_model(model, EngineConfig(model=kind, **(settings | options)))
 
 
-def padded(engine: Engine) -> Any:
+def padded(engine: Engine, defers: frozenset[DeferredKind] = frozenset()) -> Any:
     """Let the engine compute padded steps."""
     runner: Any = engine._runner
     assert isinstance(runner, PackedRunner)
     steps = PaddedSteps(
-        runner._model, runner._backend, last_tokens=runner._last_tokens, block_size=4, max_blocks=64
-    )
+        runner._model, runner._backend, last_tokens=runner._last_tokens, block_size=4, max_blocks=64,
+        defers=defers,
+    )  # fmt: skip
     stand_in: Any = Uncaptured(steps)
     runner._graphs = stand_in
     return stand_in
@@ -101,6 +105,20 @@ def test_padded_steps_give_the_same_tokens(kind: str, names: list[str], overlap:
     assert run(engine, names) == expected
     assert {k.shape.decode for k in stand_in.kinds} == {True, False}
     assert any(k.shape.rows > len(names) for k in stand_in.kinds) or len(names) in (1, 2, 4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_padded_steps_whose_calls_wait_give_the_same_tokens(kind: str) -> None:
+    expected = run(make_engine(kind), list(PARAMS))
+    engine, kernels, backend = make_engine(kind), JoiningKernels(), JoiningBackend()
+    runner: Any = engine._runner
+    fuse(runner._model, kernels)
+    kernels.calls = dict.fromkeys(kernels.calls, 0)
+    runner._backend = backend
+    padded(engine, frozenset(("sums", "turns", "head_norms")))
+    assert run(engine, list(PARAMS)) == expected
+    assert kernels.calls["sum_rms_norm"] == 2 * backend.turned > 0
+    assert kernels.calls["rms_norm"] == kernels.calls["sum_rms_norm"] * 5 // 4  # each within one; one alone
 
 
 def test_each_way_to_choose_is_taken() -> None:

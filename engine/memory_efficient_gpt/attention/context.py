@@ -14,11 +14,12 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from memory_efficient_gpt.kv_cache.pool import LayerCache as LayerCache
+from memory_efficient_gpt.native.deferred_calls import DeferredTurn
 
 
 @dataclass(slots=True)
@@ -75,6 +76,16 @@ class AttentionBackend(Protocol):
         self, query: torch.Tensor, cache: LayerCache, context: StepContext, options: AttentionOptions
     ) -> torch.Tensor:
         """Causal attention of query `[T, Hq, Dk]` over the cache; returns `[T, Hq, Dv]`, query's dtype."""
+
+
+@runtime_checkable
+class TurningBackend(AttentionBackend, Protocol):
+    """A backend that computes rotary positions along with the write."""
+
+    def turn_and_write(
+        self, turn: DeferredTurn, value: torch.Tensor, cache: LayerCache, context: StepContext
+    ) -> None:
+        """Fill `turn.outputs`; store its turned key and value `[T, Hkv, Dv]` as `write` would."""
 
 
 _current: ContextVar[StepContext | None] = ContextVar("megpt_step_context", default=None)

@@ -22,10 +22,13 @@ from memory_efficient_gpt.attention.context import (
     AttentionOptions,
     LayerCache,
     StepContext,
+    TurningBackend,
     current_context,
     step_context,
 )
 from memory_efficient_gpt.kv_cache.geometry import call_window, require_plain_causal
+from memory_efficient_gpt.native.deferral import current_deferral
+from memory_efficient_gpt.native.deferred_calls import DeferredTurn
 
 ATTENTION_NAME: Final = "memory_efficient_gpt"
 CACHE_ATTRIBUTE: Final = "paged_kv"
@@ -83,9 +86,22 @@ def paged_attention(
         raise RuntimeError(f"{type(module).__name__} has no {CACHE_ATTRIBUTE}: its cache was never attached")
     context = current_context()
     options = resolve_options(module, query.shape[3], kwargs)
-    context.backend.write(key[0].transpose(0, 1), value[0].transpose(0, 1), layer_cache, context)
+    _write(query, key, value, layer_cache, context)
     output = context.backend.attend(query[0].transpose(0, 1), layer_cache, context, options)
     return output.unsqueeze(0), None
+
+
+def _write(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, context: StepContext
+) -> None:
+    """Store keys and values; where query and key wait to be turned, that too."""
+    deferral = current_deferral()
+    if deferral is not None and isinstance(context.backend, TurningBackend):
+        turn = deferral.take(DeferredTurn, query, key)
+        if turn is not None:
+            context.backend.turn_and_write(turn, value[0].transpose(0, 1), cache, context)
+            return
+    context.backend.write(key[0].transpose(0, 1), value[0].transpose(0, 1), cache, context)
 
 
 def resolve_options(module: torch.nn.Module, key_dim: int, kwargs: Mapping[str, Any]) -> AttentionOptions:

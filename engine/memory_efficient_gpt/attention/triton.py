@@ -14,6 +14,7 @@ from typing import Final
 import torch
 
 from memory_efficient_gpt.attention.context import AttentionOptions, LayerCache, StepContext
+from memory_efficient_gpt.native.deferred_calls import DeferredTurn
 from memory_efficient_gpt.triton_kernels.availability import triton_obstacle
 
 QUERY_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,6 +38,21 @@ class TritonBackend:
         from memory_efficient_gpt.triton_kernels.attention_launch import write_kv
 
         write_kv(key, value, cache, context.slots, _LARGEST.get(cache.key.dtype, 1.0))
+
+    def turn_and_write(
+        self, turn: DeferredTurn, value: torch.Tensor, cache: LayerCache, context: StepContext
+    ) -> None:
+        """Fill `turn.outputs`; store its turned key and value `[T, Hkv, Dv]` as `write` would."""
+        from memory_efficient_gpt.triton_kernels.turned_write import HeadNorms, turn_and_write
+
+        query, key, norms = turn.query, turn.key, None
+        if turn.norms is not None:
+            norms = HeadNorms(*turn.norms, kept=(query, key))
+            query, key = turn.norms[0].source_of(query), turn.norms[1].source_of(key)
+        turn_and_write(
+            query, key, value, turn.cos, turn.sin, turn.outputs, cache, context.slots,
+            _LARGEST.get(cache.key.dtype, 1.0), norms,
+        )  # fmt: skip
 
     def attend(
         self, query: torch.Tensor, cache: LayerCache, context: StepContext, options: AttentionOptions

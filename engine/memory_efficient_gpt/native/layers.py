@@ -11,11 +11,13 @@ Letters: T tokens, D hidden size, K inputs, N outputs, E experts, I inner size, 
 from __future__ import annotations
 
 import functools
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
 
+from memory_efficient_gpt.native.deferral import Deferral, current_deferral
+from memory_efficient_gpt.native.deferred_calls import DeferredHeadNorm, DeferredSum, HeadNormKernels
 from memory_efficient_gpt.native.ops import Activation, Kernels, NormStyle
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
@@ -50,6 +52,16 @@ class LayerKernels(Protocol):
         self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """query and key `[1, H, T, D]` turned by cos and sin `[1, T, P]`, P <= D, as new tensors."""
+
+
+@runtime_checkable
+class SumNormKernels(Protocol):
+    """Kernels that compute a norm along with the sum before it."""
+
+    def sum_rms_norm(
+        self, terms: DeferredSum, weight: torch.Tensor, eps: float, style: NormStyle
+    ) -> torch.Tensor:
+        """`rms_norm` of the sum, which is rounded to the dtype and written to `terms.out`."""
 
 
 class Stack(Protocol):
@@ -117,8 +129,22 @@ class NativeRMSNorm(NativeLayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x `[..., D]` to `[..., D]`."""
         if self.can_compute(x, self.weight):
+            deferral = current_deferral()
+            if deferral is not None and (result := self._joined(x, deferral)) is not None:
+                return result
             return self.native_kernels.rms_norm(x, self.weight, **self.native_settings)
         return cast(torch.Tensor, super().forward(x))
+
+    def _joined(self, x: torch.Tensor, deferral: Deferral) -> torch.Tensor | None:
+        """The result with the sum that gives x, or one that waits for rotary positions; None for neither."""
+        kernels, settings = self.native_kernels, self.native_settings
+        if isinstance(kernels, SumNormKernels) and (terms := deferral.take(DeferredSum, x)) is not None:
+            return kernels.sum_rms_norm(terms, self.weight, **settings)
+        heads = x.dim() == 4 and x.shape[0] == 1 and x.numel() > 0
+        if heads and deferral.defers("head_norms") and isinstance(kernels, HeadNormKernels):
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            return deferral.put_norm(DeferredHeadNorm(kernels, x, self.weight, out=out, **settings))
+        return None
 
 
 class NativeGatedMLP(NativeLayer):

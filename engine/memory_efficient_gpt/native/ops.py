@@ -129,8 +129,8 @@ class Kernels:
         return self.num_threads or torch.get_num_threads()
 
     def multiplies(self, weight: torch.Tensor) -> bool:
-        """Whether `linear` has a kernel for weight `[N, K]`: for every one of these kernels' dtypes."""
-        return weight.dtype in self.dtypes
+        """Whether `linear` is the one to multiply weights `[N, K]` on this device: always."""
+        return weight.is_cpu
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x `[..., K]` times weight `[N, K]` transposed, plus bias `[N]`: `[..., N]`. Sums are float32.

@@ -19,6 +19,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from memory_efficient_gpt.native.deferral import current_deferral
+from memory_efficient_gpt.native.deferred_calls import DeferredTurn, TurningKernels
 from memory_efficient_gpt.native.layers import LayerKernels
 
 FUNCTION_NAME: Final = "apply_rotary_pos_emb"
@@ -52,9 +54,20 @@ def native_rotary(kernels: LayerKernels, own: Rotary, *, partial: bool = False) 
     ) -> Any:
         if rest or options or not _takes(kernels, query, key, cos, sin, partial=partial):
             return own(query, key, cos, sin, *rest, **options)
+        deferral = current_deferral()
+        if deferral is not None and deferral.defers("turns") and isinstance(kernels, TurningKernels):
+            return deferral.put_turn(
+                DeferredTurn(kernels, query, key, cos, sin, (unturned(query), unturned(key)))
+            )
         return kernels.rotate(query, key, cos, sin)
 
     return apply_rotary_pos_emb
+
+
+def unturned(x: torch.Tensor) -> torch.Tensor:
+    """An uninitialised tensor for x `[1, H, T, D]` turned: a view of a contiguous `[1, T, H, D]`."""
+    _, heads, tokens, size = x.shape
+    return torch.empty((1, tokens, heads, size), dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
 @functools.cache

@@ -18,14 +18,29 @@ import triton.language as tl
 from memory_efficient_gpt.triton_kernels.overlap import follow
 
 
+@triton.jit
+def scaled(values, factor, weight, dtype: tl.constexpr, style: tl.constexpr):
+    """Rows of float32 times a factor of each row and the weight of each column, in dtype."""
+    values *= factor[:, None]
+    if style == "round_then_scale":
+        values = values.to(dtype).to(tl.float32) * weight
+    elif style == "one_plus_weight":
+        values *= 1.0 + weight
+    else:
+        values *= weight
+    return values.to(dtype)
+
+
 @triton.jit(do_not_specialize=["rows", "inner"])
 def rms_norm_kernel(
-    x, weight, out, rows, inner, outer_stride, inner_stride, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, style: tl.constexpr, early: tl.constexpr,
+    x, other, total, weight, out, rows, inner, outer_stride, inner_stride, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, style: tl.constexpr, adds: tl.constexpr,
+    early: tl.constexpr,
 ):  # fmt: skip
     """out `[rows, D]` = x over its root mean square, times weight `[D]`. Grid (ceil(rows / R),).
 
     Row r of x begins at r // inner * outer_stride + r % inner * inner_stride. BLOCK: D as a power of two.
+    adds: x + other, rounded, is written to total and takes x's place; all three have x's rows.
     """
     follow(early)
     row = tl.program_id(0) * R + tl.arange(0, R)
@@ -33,17 +48,16 @@ def rms_norm_kernel(
     mask = (row < rows)[:, None] & (at < D)[None, :]
     place = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
     values = tl.load(x + place[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)
+    if adds:
+        values += tl.load(other + place[:, None] + at[None, :], mask=mask, other=0.0).to(tl.float32)
+        rounded = values.to(total.dtype.element_ty)
+        tl.store(total + place[:, None] + at[None, :], rounded, mask=mask)
+        values = rounded.to(tl.float32)
     scale = tl.load(weight + at, mask=at < D, other=0.0).to(tl.float32)[None, :]
     mean = tl.sum(values * values, axis=1) / D
-    values *= tl.rsqrt(mean + eps)[:, None]
-    if style == "round_then_scale":
-        values = values.to(out.dtype.element_ty).to(tl.float32) * scale
-    elif style == "one_plus_weight":
-        values *= 1.0 + scale
-    else:
-        values *= scale
+    values = scaled(values, tl.rsqrt(mean + eps), scale, out.dtype.element_ty, style)
     target = out + row.to(tl.int64)[:, None] * D + at[None, :]
-    tl.store(target, values.to(out.dtype.element_ty), mask=mask)
+    tl.store(target, values, mask=mask)
 
 
 @triton.jit
@@ -75,28 +89,41 @@ def gated_kernel(
 
 
 @triton.jit
-def _turn(
-    x, out, cos, sin, head, heads, head_stride,
-    D: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
-    """Heads of one token from x to out `[heads, D]`; cos and sin `[P]`. Products and sums are rounded."""
-    dtype: tl.constexpr = out.dtype.element_ty
-    exists = (head < heads)[:, None]
-    source = x + head.to(tl.int64)[:, None] * head_stride
-    target = out + head[:, None] * D
+def turned(low, high, cos, sin, P: tl.constexpr, HALF: tl.constexpr):
+    """Both halves `[heads, HALF]` of P elements of each head of one token, turned by cos and sin `[P]`.
+
+    Products and sums are rounded to the dtype.
+    """
+    dtype: tl.constexpr = low.dtype
     at = tl.arange(0, HALF)
     within = at < P // 2
-    mask = exists & within[None, :]
-    low = tl.load(source + at[None, :], mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(source + P // 2 + at[None, :], mask=mask, other=0.0).to(tl.float32)
+    low = low.to(tl.float32)
+    high = high.to(tl.float32)
     cos_low = tl.load(cos + at, mask=within, other=0.0).to(tl.float32)[None, :]
     cos_high = tl.load(cos + P // 2 + at, mask=within, other=0.0).to(tl.float32)[None, :]
     sin_low = tl.load(sin + at, mask=within, other=0.0).to(tl.float32)[None, :]
     sin_high = tl.load(sin + P // 2 + at, mask=within, other=0.0).to(tl.float32)[None, :]
     first = (low * cos_low).to(dtype).to(tl.float32) - (high * sin_low).to(dtype).to(tl.float32)
     second = (high * cos_high).to(dtype).to(tl.float32) + (low * sin_high).to(dtype).to(tl.float32)
-    tl.store(target + at[None, :], first.to(dtype), mask=mask)
-    tl.store(target + P // 2 + at[None, :], second.to(dtype), mask=mask)
+    return first.to(dtype), second.to(dtype)
+
+
+@triton.jit
+def turn(
+    x, out, cos, sin, head, heads, head_stride,
+    D: tl.constexpr, P: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Heads of one token from x to out `[heads, D]`, turned by cos and sin `[P]`; the rest is copied."""
+    exists = (head < heads)[:, None]
+    source = x + head.to(tl.int64)[:, None] * head_stride
+    target = out + head[:, None] * D
+    at = tl.arange(0, HALF)
+    mask = exists & (at < P // 2)[None, :]
+    low = tl.load(source + at[None, :], mask=mask, other=0.0)
+    high = tl.load(source + P // 2 + at[None, :], mask=mask, other=0.0)
+    first, second = turned(low, high, cos, sin, P, HALF)
+    tl.store(target + at[None, :], first, mask=mask)
+    tl.store(target + P // 2 + at[None, :], second, mask=mask)
     if P < D:
         rest = P + tl.arange(0, REST)
         mask = exists & (rest < D)[None, :]
@@ -123,8 +150,8 @@ def rotary_kernel(
     cos += token * cos_stride
     sin += token * sin_stride
     if block < query_blocks:
-        _turn(query + token * query_token_stride, query_out + token * (HQ * D), cos, sin,
-              block * BLOCK + lane, HQ, query_head_stride, D, P, HALF, REST)  # fmt: skip
+        turn(query + token * query_token_stride, query_out + token * (HQ * D), cos, sin,
+             block * BLOCK + lane, HQ, query_head_stride, D, P, HALF, REST)  # fmt: skip
     else:
-        _turn(key + token * key_token_stride, key_out + token * (HK * D), cos, sin,
-              (block - query_blocks) * BLOCK + lane, HK, key_head_stride, D, P, HALF, REST)  # fmt: skip
+        turn(key + token * key_token_stride, key_out + token * (HK * D), cos, sin,
+             (block - query_blocks) * BLOCK + lane, HK, key_head_stride, D, P, HALF, REST)  # fmt: skip

@@ -9,7 +9,7 @@ row's size only, so a row alone gives the same bits as among others.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Protocol
 
 import torch
 import triton
@@ -28,6 +28,17 @@ _ROTARY_TILE: Final = 512
 """Elements of a program, where a row has fewer."""
 _PER_THREAD: Final = 8
 _MOST_WARPS: Final = 16
+
+
+class Sum(Protocol):
+    """A sum to compute (native/deferral.py)."""
+
+    @property
+    def left(self) -> torch.Tensor: ...
+    @property
+    def right(self) -> torch.Tensor: ...
+    @property
+    def out(self) -> torch.Tensor: ...
 
 
 class TritonKernels:
@@ -58,27 +69,23 @@ class TritonKernels:
 
         `style` says where the result is rounded. Raises ValueError for other shapes, dtypes or styles.
         """
-        size = x.shape[-1]
-        same = weight.dtype is x.dtype and weight.device == x.device and weight.shape == (size,)
-        if not same or weight.stride(0) != 1 or style not in NORM_STYLES:
-            raise ValueError(
-                f"rms_norm needs a contiguous weight [{size}] of {x.dtype} and a style of {NORM_STYLES}; "
-                f"got {_describe(weight)} and {style!r}"
-            )
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        rows = out.numel() // size if size else 0
-        if rows == 0:
-            return out
-        x, inner, outer_stride, inner_stride = two_strides(x)
-        block = triton.next_power_of_2(size)
-        rows_of_tile = max(1, _NORM_TILE // block)
-        with _device(x):
-            rms_norm_kernel[(-(-rows // rows_of_tile),)](
-                x, weight, out, rows, inner, outer_stride, inner_stride, eps, D=size, BLOCK=block,
-                R=rows_of_tile, style=style, num_warps=_warps(block * rows_of_tile),
-                **overlap_options(x.device),
-            )  # fmt: skip
-        return out
+        return _normed(x, None, weight, eps, style)
+
+    def sum_rms_norm(
+        self, terms: Sum, weight: torch.Tensor, eps: float, style: str = "round_then_scale"
+    ) -> torch.Tensor:
+        """`rms_norm` of the sum, which is rounded to the dtype and written to `terms.out`.
+
+        Both are those of two kernels bit for bit. The tensors of `terms` are contiguous and alike. Raises
+        ValueError as `rms_norm`.
+        """
+        return _normed(terms.left, terms, weight, eps, style)
+
+    def rms_norm_into(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, style: str, out: torch.Tensor
+    ) -> None:
+        """As `rms_norm`, into a contiguous tensor like x."""
+        _normed(x, None, weight, eps, style, out)
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
         """activation(gate) * up for `[..., D]`, rounded to the dtype in between as torch would; contiguous.
@@ -101,7 +108,7 @@ class TritonKernels:
         with _device(gate):
             gated_kernel[(out.numel() // size, -(-size // block))](
                 gate, up, out, gate_stride, up_stride, size, BLOCK=block, activation=activation,
-                num_warps=_warps(block), **overlap_options(gate.device),
+                num_warps=warps_for(block), **overlap_options(gate.device),
             )  # fmt: skip
         return out
 
@@ -114,30 +121,85 @@ class TritonKernels:
         the dtype one by one. The results are views of contiguous `[1, T, H, D]`; the rest is copied.
         Raises ValueError for other shapes or dtypes.
         """
-        _check_rotary(query, key, cos, sin)
+        check_rotary(query, key, cos, sin)
+        turned = _turned_like(query), _turned_like(key)
+        self.rotate_into(query, key, cos, sin, turned)
+        return turned
+
+    def rotate_into(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        out: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """As `rotate`, into tensors of the same shapes that are views of contiguous `[1, T, H, D]`."""
+        check_rotary(query, key, cos, sin)
         tokens, size = query.shape[2:]
-        turned = [
-            torch.empty((1, tokens, x.shape[1], size), dtype=x.dtype, device=x.device) for x in (query, key)
-        ]
-        query, key, cos, sin = (_last_adjacent(x) for x in (query, key, cos, sin))
+        query, key, cos, sin = (last_adjacent(x) for x in (query, key, cos, sin))
         part = cos.shape[2]
-        half = triton.next_power_of_2(part // 2)
-        most_heads = max(query.shape[1], key.shape[1])
-        block = min(triton.next_power_of_2(most_heads), max(1, _ROTARY_TILE // half))
+        half, block = rotary_sizes(query, key, part)
         if tokens:
             blocks = -(-query.shape[1] // block) - (-key.shape[1] // block)
             with _device(query):
                 rotary_kernel[(tokens, blocks)](
-                    query, key, cos, sin, *turned, query.stride(2), query.stride(1), key.stride(2),
+                    query, key, cos, sin, *out, query.stride(2), query.stride(1), key.stride(2),
                     key.stride(1), cos.stride(1), sin.stride(1), HQ=query.shape[1], HK=key.shape[1], D=size,
                     P=part, HALF=half, REST=triton.next_power_of_2(max(1, size - part)), BLOCK=block,
-                    num_warps=_warps(2 * block * half), enable_fp_fusion=False,
+                    num_warps=warps_for(2 * block * half), enable_fp_fusion=False,
                     **overlap_options(query.device),
                 )  # fmt: skip
-        return turned[0].transpose(1, 2), turned[1].transpose(1, 2)
 
 
-def _check_rotary(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+def _normed(
+    x: torch.Tensor,
+    terms: Sum | None,
+    weight: torch.Tensor,
+    eps: float,
+    style: str,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """terms: those of the sum to compute and normalize, of which x is one; None: x itself."""
+    size = x.shape[-1]
+    same = weight.dtype is x.dtype and weight.device == x.device and weight.shape == (size,)
+    if not same or weight.stride(0) != 1 or style not in NORM_STYLES:
+        raise ValueError(
+            f"rms_norm needs a contiguous weight [{size}] of {x.dtype} and a style of {NORM_STYLES}; "
+            f"got {_describe(weight)} and {style!r}"
+        )
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = out.numel() // size if size else 0
+    if rows == 0:
+        return out
+    x, inner, outer_stride, inner_stride = two_strides(x)
+    block = triton.next_power_of_2(size)
+    rows_of_tile = max(1, _NORM_TILE // block)
+    other, total = (x, x) if terms is None else (terms.right, terms.out)
+    with _device(x):
+        rms_norm_kernel[(-(-rows // rows_of_tile),)](
+            x, other, total, weight, out, rows, inner, outer_stride, inner_stride, eps, D=size, BLOCK=block,
+            R=rows_of_tile, style=style, adds=terms is not None, num_warps=warps_for(block * rows_of_tile),
+            **overlap_options(x.device),
+        )  # fmt: skip
+    return out
+
+
+def _turned_like(x: torch.Tensor) -> torch.Tensor:
+    _, heads, tokens, size = x.shape
+    return torch.empty((1, tokens, heads, size), dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+def rotary_sizes(query: torch.Tensor, key: torch.Tensor, part: int) -> tuple[int, int]:
+    """Half of the elements that turn as a power of two, and the heads of a program."""
+    half: int = triton.next_power_of_2(part // 2)
+    most_heads: int = triton.next_power_of_2(max(query.shape[1], key.shape[1]))
+    return half, min(most_heads, max(1, _ROTARY_TILE // half))
+
+
+def check_rotary(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Raises ValueError for what `TritonKernels.rotate` does not take."""
     tensors = (query, key, cos, sin)
     alike = len({(x.dtype, x.device) for x in tensors}) == 1
     if alike and query.dim() == key.dim() == 4 and cos.dim() == 3:
@@ -152,11 +214,11 @@ def _check_rotary(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin
     )
 
 
-def _last_adjacent(x: torch.Tensor) -> torch.Tensor:
+def last_adjacent(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _warps(elements: int) -> int:
+def warps_for(elements: int) -> int:
     """Warps of a program with so many elements, a power of two."""
     return min(_MOST_WARPS, max(1, elements // (32 * _PER_THREAD)))
 
