@@ -8,10 +8,13 @@ import torch
 from memory_efficient_gpt.attention.context import StepContext
 from memory_efficient_gpt.attention.torch_backend import TorchBackend
 from memory_efficient_gpt.attention.triton import TritonBackend, obstacle
+from memory_efficient_gpt.attention.whole_prompts import LEAST_TOKENS, whole_prompts_obstacle
 from tests.engine.attention.oracle import PagedStep, Shape, expected, make_step
 from tests.engine.attention.test_torch_backend import FEATURES, HEADS, STEPS, options_for
 
 pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda", 0)
 
 CACHES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -101,3 +104,19 @@ def test_what_it_does_not_take_is_named() -> None:
     assert obstacle(device, torch.bfloat16, torch.int8, 128) is None
     assert "float64" in (obstacle(device, torch.float64, torch.float32, 64) or "")
     assert "at most 256" in (obstacle(device, torch.bfloat16, torch.bfloat16, 512) or "")
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_long_prompts_by_cudnn_equal_those_by_our_kernel(dim: int) -> None:
+    if (reason := whole_prompts_obstacle(DEVICE, torch.bfloat16, torch.bfloat16, dim)) is not None:
+        pytest.skip(reason)
+    lens = [1, LEAST_TOKENS + 77, 1, LEAST_TOKENS]
+    contexts = [300, LEAST_TOKENS + 77, 1, LEAST_TOKENS]
+    shape = Shape(8, 2, key_dim=dim, value_dim=dim)
+    step = make_step(TorchBackend(), lens, contexts, shape=shape, dtype=torch.bfloat16, block_size=16)
+    on_device(step)
+    options = options_for("plain", 8)
+    own = step.run(TritonBackend(), options)
+    got = step.run(TritonBackend(cudnn_prompts=True), options)
+    assert not torch.equal(got, own), "nothing was computed otherwise"
+    assert float((got - own).abs().max()) < TOLERANCES[torch.bfloat16]

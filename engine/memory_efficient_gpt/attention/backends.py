@@ -29,10 +29,10 @@ def choose_backend(
     if not native:
         return TorchBackend(), "attention by torch: native kernels are switched off"
     if device.type != "cpu":
-        from memory_efficient_gpt.attention.triton import TritonBackend, obstacle
+        from memory_efficient_gpt.attention.triton import obstacle
 
         if (reason := obstacle(device, dtype, cache_dtype, largest_dim)) is None:
-            return TritonBackend(), "attention by Triton kernels"
+            return _triton_backend(device, dtype, cache_dtype, largest_dim)
         logger.warning("attention by torch: %s", reason)
         return TorchBackend(), f"attention by torch: {reason}"
     from memory_efficient_gpt.attention.cpu import NativeCPUBackend
@@ -44,3 +44,17 @@ def choose_backend(
         logger.warning(reason)
         return TorchBackend(), reason
     return backend, "attention by native C++ kernels"
+
+
+def _triton_backend(
+    device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype, largest_dim: int
+) -> tuple[AttentionBackend, str]:
+    """With cuDNN for long prompts where it is ahead."""
+    from memory_efficient_gpt.attention.triton import TritonBackend
+    from memory_efficient_gpt.attention.whole_prompts import LEAST_TOKENS, whole_prompts_obstacle
+
+    reason = whole_prompts_obstacle(device, dtype, cache_dtype, largest_dim)
+    if reason is not None:
+        return TritonBackend(), f"attention by Triton kernels (prompts by cuDNN: {reason})"
+    who = f"attention by Triton kernels, of whole prompts from {LEAST_TOKENS:,} tokens on by cuDNN"
+    return TritonBackend(cudnn_prompts=True), who

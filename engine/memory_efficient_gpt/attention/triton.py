@@ -14,6 +14,7 @@ from typing import Final
 import torch
 
 from memory_efficient_gpt.attention.context import AttentionOptions, LayerCache, StepContext
+from memory_efficient_gpt.attention.whole_prompts import attend_whole, whole_prompts
 from memory_efficient_gpt.native.deferred_calls import DeferredTurn
 from memory_efficient_gpt.triton_kernels.availability import triton_obstacle
 
@@ -29,9 +30,10 @@ class TritonBackend:
 
     name = "triton"
 
-    def __init__(self, *, precision: str = "ieee") -> None:
-        """precision: of products of float32; others have one only."""
+    def __init__(self, *, precision: str = "ieee", cudnn_prompts: bool = False) -> None:
+        """precision: of products of float32; others have one only. cudnn_prompts: whole_prompts.py is used."""
         self._precision = precision
+        self._cudnn_prompts = cudnn_prompts
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, context: StepContext) -> None:
         """Store key `[T, Hkv, Dk]` and value `[T, Hkv, Dv]` at `context.slots`, as the cache holds it."""
@@ -72,7 +74,10 @@ class TritonBackend:
         if lens is None or context.max_query_len == 1 or 1 in lens:
             longest = context.max_context_len
             decode_rows(query, cache, context, options, out, rows, longest, self._precision)
-        if context.max_query_len > 1:
+        prompts = whole_prompts(context, cache, options) if self._cudnn_prompts else []
+        if prompts:
+            attend_whole(query, cache, context, options, out, prompts)
+        elif context.max_query_len > 1:
             prompt_chunks(query, cache, context, options, out, rows, self._precision)
         return out
 

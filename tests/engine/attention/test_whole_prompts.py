@@ -1,0 +1,76 @@
+"""Which steps cuDNN's attention is for, and what is gathered for it; torch's plain arithmetic stands in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from memory_efficient_gpt.attention.context import AttentionOptions
+from memory_efficient_gpt.attention.torch_backend import TorchBackend
+from memory_efficient_gpt.attention.whole_prompts import WholePrompt, attend_whole, whole_prompts
+from tests.engine.attention.oracle import PagedStep, Shape, expected, make_step
+from tests.engine.attention.test_torch_backend import FEATURES, HEADS, options_for
+
+PLAIN = AttentionOptions(scale=0.25)
+
+
+def step_of(
+    lens: list[int], contexts: list[int], *, heads: str = "GQA", cache_dtype: torch.dtype = torch.bfloat16,
+    host_lengths: bool = True,
+) -> PagedStep:  # fmt: skip
+    shape = Shape(*HEADS[heads])
+    return make_step(
+        TorchBackend(), lens, contexts, shape=shape, dtype=torch.bfloat16, cache_dtype=cache_dtype,
+        host_lengths=host_lengths,
+    )  # fmt: skip
+
+
+def found(step: PagedStep, options: AttentionOptions = PLAIN, least: int = 3) -> list[WholePrompt]:
+    return whole_prompts(step.context, step.cache, options, least=least)
+
+
+def test_whole_long_prompts_are_found_beside_decoding_rows() -> None:
+    step = step_of([1, 5, 1, 9], [7, 5, 1, 9])
+    assert found(step) == [WholePrompt(1, 1, 6), WholePrompt(3, 7, 16)]
+
+
+@pytest.mark.parametrize(
+    ("lens", "contexts"),
+    [([5, 4], [5, 9]), ([5, 2], [5, 2]), ([1, 1], [4, 9])],
+    ids=["later", "short", "no"],
+)
+def test_a_step_with_other_chunks_is_left_to_the_kernels_that_read_pages(
+    lens: list[int], contexts: list[int]
+) -> None:
+    assert found(step_of(lens, contexts)) == []
+
+
+def test_lengths_that_the_host_does_not_know_and_rounded_caches_are_left_too() -> None:
+    assert found(step_of([5], [5], host_lengths=False)) == []
+    assert found(step_of([5], [5], cache_dtype=torch.int8)) == []
+
+
+@pytest.mark.parametrize("feature", [name for name in FEATURES if name != "plain"])
+def test_what_cudnn_does_not_compute_is_left_too(feature: str) -> None:
+    step = step_of([9], [9], heads="MHA")
+    assert found(step, options_for(feature, 4)) == []
+
+
+def test_a_window_that_hides_nothing_is_no_obstacle() -> None:
+    assert found(step_of([5], [5]), AttentionOptions(scale=0.25, window=5)) == [WholePrompt(0, 0, 5)]
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_outputs_equal_the_oracle_and_others_are_untouched(heads: str) -> None:
+    step = step_of([1, 5, 9], [7, 5, 9], heads=heads)
+    options = options_for("plain", HEADS[heads][0])
+    wanted = expected(step, options)
+    backend = TorchBackend()
+    backend.write(step.key, step.value, step.cache, step.context)
+    out = torch.full_like(step.query, 7.0)
+    attend_whole(
+        step.query, step.cache, step.context, options, out, found(step, options), kernel=SDPBackend.MATH
+    )
+    assert (out[0] == 7.0).all()
+    assert float((out[1:].double() - wanted[1:]).abs().max()) < 2e-2
