@@ -31,7 +31,7 @@ class TritonBackend:
     name = "triton"
 
     def __init__(self, *, precision: str = "ieee", cudnn_prompts: bool = False) -> None:
-        """precision: of products of float32; others have one only. cudnn_prompts: whole_prompts.py is used."""
+        """precision: of products of float32; others have one only. cudnn_prompts: use whole_prompts.py."""
         self._precision = precision
         self._cudnn_prompts = cudnn_prompts
 
