@@ -43,7 +43,7 @@ MODELS = [name for name in FUSED if name != "mixtral"]  # whose sums of experts 
 JOINED: dict[str, dict[str, int]] = {
     "qwen3": {"sums": 4, "turns": 2, "head_norms": 4},
     "gemma3_text": {"sums": 4, "turns": 2, "head_norms": 4},
-    "olmo2": {"sums": 1, "turns": 2},
+    "olmo2": {"sums": 1},  # its cosines are float32 in every dtype: it turns by its own function
     "starcoder2": {"turns": 2},
     "gpt2": {},
 }
@@ -169,7 +169,8 @@ def test_norms_before_turns_and_the_write_are_those_of_four_kernels(
     for got, want in zip(numbers_got, numbers_want, strict=True):
         largest = float(want.float().abs().max())
         assert float((got.float() - want.float()).abs().max()) <= 2 * LIMITS[dtype] * largest
-    step_of_cache = 1.0 if cache_dtype is torch.int8 else 2 * LIMITS[cache_dtype]
+    # a code may change by one for its number's rounding, and by one for that of its head's scale
+    step_of_cache = 2.0 if cache_dtype is torch.int8 else 2 * LIMITS[cache_dtype]
     for got, want in zip(pages_got, pages_want, strict=True):
         limit = step_of_cache * max(1.0, float(want.float().abs().max()) if step_of_cache < 1 else 1.0)
         assert float((got.float() - want.float()).abs().max()) <= limit
