@@ -81,6 +81,11 @@ _ENGINE_COUNTERS: Final[tuple[tuple[str, str, Callable[[EngineStats], float]], .
     ("num_preemptions", "Sequences preempted by the engine.", lambda s: s.num_preemptions),
     ("engine_steps", "Steps of the engine.", lambda s: s.steps),
     ("engine_step_seconds", "Time spent in steps.", lambda s: s.step_seconds),
+    (
+        "engine_host_seconds",
+        "Time of steps outside the model: planning, laying out, handing on results.",
+        lambda s: s.host_seconds,
+    ),
 )
 
 
