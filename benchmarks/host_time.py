@@ -41,6 +41,8 @@ _LEAST_ROWS: Final = 200
 class EmptyGraphs:
     """Stands in for StepGraphs: inputs are packed and copied, nothing is computed; tokens are zeros."""
 
+    chooses = True
+
     def __init__(self, steps: PaddedSteps) -> None:
         self._steps = steps
         self.kinds: Counter[StepKind | None] = Counter()
@@ -73,7 +75,7 @@ def make_engine(max_num_seqs: int, max_batched_tokens: int) -> tuple[Engine, Emp
         runner._model, runner._backend, last_tokens=runner._last_tokens, block_size=64, max_blocks=132
     )
     stand_in: Any = EmptyGraphs(steps)
-    runner._graphs = stand_in
+    runner._replays = stand_in
     return engine, stand_in
 
 

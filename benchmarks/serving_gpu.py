@@ -196,7 +196,7 @@ def measure_all(
 
 
 def _graph_counts(engine: Engine) -> dict[str, int] | None:
-    graphs = getattr(engine._runner, "_graphs", None)
+    graphs = getattr(engine._runner, "_replays", None)
     return None if graphs is None else {"captured": graphs.captured, "replayed": graphs.replayed}
 
 

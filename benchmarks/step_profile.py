@@ -129,7 +129,7 @@ class StepProfile:
         return events
 
     def _graph_counts(self) -> tuple[int, int]:
-        graphs = getattr(self._engine._runner, "_graphs", None)
+        graphs = getattr(self._engine._runner, "_replays", None)
         return (0, 0) if graphs is None else (graphs.captured, graphs.replayed)
 
 

@@ -58,6 +58,7 @@ from memory_efficient_gpt.quantization.triton_weights import summary as triton_s
 from memory_efficient_gpt.runner import PackedRunner, Runner
 from memory_efficient_gpt.scheduler import SchedulerConfig
 from memory_efficient_gpt.sleeping import SleepableModel
+from memory_efficient_gpt.step_replays import choose_replays, replay_note
 from memory_efficient_gpt.tiers import TierDecision, decide_tier
 from memory_efficient_gpt.transformers_runner import TransformersRunner
 
@@ -184,6 +185,7 @@ def build(
     )
     notes = (*notes, reason, *decision.notes, *_batch_dependence(model, backend, device))
     graphs = config.cuda_graphs and backend.name == "triton"
+    replays = choose_replays(config, backend)
     defers: frozenset[DeferredKind] = frozenset()
     if graphs and config.native_kernels:
         defers, note = _try_deferral(model, layers, backend, dtype, device)
@@ -198,12 +200,14 @@ def build(
     overlap = config.overlap if config.overlap is not None else device.type == "cuda"
     runner = PackedRunner(
         model, cache.pool, backend, device=device, max_num_seqs=config.max_num_seqs,
-        max_model_len=cache.max_len, end_ids=eos, overlap=overlap, graphs=graphs, defers=defers,
+        max_model_len=cache.max_len, end_ids=eos, overlap=overlap, replays=replays,
+        defers=defers,
     )  # fmt: skip
-    if device.type == "cuda":
-        obstacle = runner.check_graphs(_vocab_size(model))
-        notes = (*notes, "CUDA graphs" if obstacle is None else f"no CUDA graphs: {obstacle}")
-        decision = decision if obstacle is not None else replace(decision, tier="A")
+    if device.type == "cuda" or replays is not None:
+        obstacle = runner.check_replays(_vocab_size(model))
+        if obstacle is None and device.type == "cuda":
+            decision = replace(decision, tier="A")
+        notes = (*notes, replay_note(device, backend, obstacle))
     info = _info(
         model, decision, name, device, cache.max_len, eos, backend, cache, notes,
         prefix_cache=config.prefix_cache,

@@ -40,6 +40,7 @@ class EngineConfig:
     overlap: whether a step is launched before the last one's tokens are read; None: only on CUDA.
     native_kernels: whether own kernels may be used: C++ on CPUs, Triton on CUDA.
     cuda_graphs: whether steps may be captured as CUDA graphs (where attention runs on Triton kernels).
+    record_steps: whether decoding steps on a CPU may be recorded and replayed (by the native kernels).
     tier: force "B" (packed paged) or "C" (transformers' own cache); None lets the probe decide.
     """
 
@@ -61,6 +62,7 @@ class EngineConfig:
     overlap: bool | None = None
     native_kernels: bool = True
     cuda_graphs: bool = True
+    record_steps: bool = True
     tier: TierName | None = None
     debug_checks: bool = False
 

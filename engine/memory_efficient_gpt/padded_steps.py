@@ -60,8 +60,10 @@ class PaddedSteps:
         block_size: int,
         max_blocks: int,
         defers: frozenset[DeferredKind] = frozenset(),
+        decode_rows: int | None = None,
     ) -> None:
-        """defers: kinds of calls that wait for the next one in `compute` (native/deferral.py)."""
+        """defers: kinds of calls that wait for the next one in `compute` (native/deferral.py). decode_rows:
+        the most rows, where all steps are decoding ones; None: as `largest_shape` has them."""
         self.device = last_tokens.device
         self._model = model
         self._backend = backend
@@ -69,7 +71,7 @@ class PaddedSteps:
         self._block_size = block_size
         self._max_blocks = max_blocks
         self._defers = defers
-        largest = largest_shape(len(last_tokens) - 1, max_blocks * block_size)
+        largest = largest_shape(len(last_tokens) - 1, max_blocks * block_size, decode_rows)
         self._inputs = torch.zeros(self._fields(largest).size, dtype=torch.int32, device=self.device)
         self._staging = Staging(len(self._inputs), self.device)
         self._tokens = torch.zeros(_SAMPLE_BYTES * largest.rows, dtype=torch.uint8, device=self.device)

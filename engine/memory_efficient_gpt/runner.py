@@ -19,8 +19,8 @@ from memory_efficient_gpt.kv_cache.pool import KVPool
 from memory_efficient_gpt.native.deferral import DeferredKind
 from memory_efficient_gpt.padded_steps import PaddedSteps
 from memory_efficient_gpt.sequence import Step
-from memory_efficient_gpt.step_graphs import StepGraphs
 from memory_efficient_gpt.step_layout import StepLayout, StepTables
+from memory_efficient_gpt.step_replays import Replays, StepReplays
 from memory_efficient_gpt.step_sampling import Chooser, PendingStep, draw, drawn, num_prompt_targets
 from memory_efficient_gpt.uploads import upload
 
@@ -41,8 +41,8 @@ class Runner(Protocol):
 class PackedRunner:
     """Runs a model whose attention goes through the paged cache (tiers A and B).
 
-    graphs: whether steps may be captured as CUDA graphs; `graph_obstacle` says why they are not, or None.
-    defers: what waits for the next call in these steps (native/deferral.py).
+    replays: what does steps again; None: all are computed call by call.
+    defers: what waits for the next call in those steps (native/deferral.py).
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class PackedRunner:
         max_model_len: int,
         end_ids: tuple[int, ...],
         overlap: bool,
-        graphs: bool = False,
+        replays: Replays | None = None,
         defers: frozenset[DeferredKind] = frozenset(),
     ) -> None:
         self._model = model
@@ -69,21 +69,21 @@ class PackedRunner:
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
         self._keep_last_tokens = overlap
         self._chooser = Chooser()
-        self._graphs: StepGraphs | None = None
-        if graphs:
-            self._graphs = StepGraphs(
+        self._replays: StepReplays | None = None
+        if replays is not None:
+            self._replays = replays.make(
                 PaddedSteps(
                     model, backend, last_tokens=self._last_tokens, block_size=pool.block_size,
-                    max_blocks=max_blocks, defers=defers,
+                    max_blocks=max_blocks, defers=defers, decode_rows=replays.decode_rows,
                 )
             )  # fmt: skip
 
-    def check_graphs(self, vocabulary: int) -> str | None:
-        """Why no steps are captured, or None; tries one token. For an engine that has no work."""
-        if self._graphs is None:
-            return "switched off" if self._backend.name == "triton" else "attention is not by Triton"
+    def check_replays(self, vocabulary: int) -> str | None:
+        """Why no steps are replayed, or None; tries one token. For an engine that has no work."""
+        if self._replays is None:
+            return "switched off"
         with torch.inference_mode():
-            return self._graphs.check(vocabulary, no_slot=len(self._last_tokens) - 1)
+            return self._replays.check(vocabulary, no_slot=len(self._last_tokens) - 1)
 
     def launch(self, step: Step) -> PendingStep:
         """Run the step's model call and sampling. On CUDA both only join the stream."""
@@ -91,7 +91,8 @@ class PackedRunner:
             if step.copies:
                 self._pool.copy_blocks(step.copies)
             layout = self._tables.lay_out(step)
-            if self._graphs is not None and (pending := self._replay(step, layout, self._graphs)) is not None:
+            replays = self._replays
+            if replays is not None and (pending := self._replay(step, layout, replays)) is not None:
                 return pending
             rows = self._logit_rows(step, layout)
             logits = forward_packed(
@@ -109,16 +110,19 @@ class PackedRunner:
         self._chooser.rest()
 
     def forget_addresses(self) -> None:
-        """Graphs are captured anew when steps repeat."""
-        if self._graphs is not None:
-            self._graphs.forget()
+        """Steps are captured or recorded anew when they repeat."""
+        if self._replays is not None:
+            self._replays.forget()
 
-    def _replay(self, step: Step, layout: StepLayout, graphs: StepGraphs) -> PendingStep | None:
-        """Run the step as a graph; None if it is not one for a graph."""
+    def _replay(self, step: Step, layout: StepLayout, replays: StepReplays) -> PendingStep | None:
+        """Do the step again; None if it is not one for that."""
         if step.first is None and any(chunk.prompt_logprobs is not None for chunk in step.chunks):
             return None
         choice, samples = self._chooser.choose(step, layout)
-        result = graphs.run(layout, samples, choice)
+        if len(samples.logit_rows) > layout.num_rows:  # several texts of one prompt begin
+            return None
+        choice = choice if replays.chooses else None
+        result = replays.run(layout, samples, choice)
         if result is None:
             return None
         return self._draw(step, result) if choice is None else drawn(result, len(samples.logit_rows))

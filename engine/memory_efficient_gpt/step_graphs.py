@@ -35,6 +35,8 @@ class StepGraphs:
     obstacle: why nothing is captured, or None. captured, replayed: graphs so far, and steps by them.
     """
 
+    chooses = True
+
     def __init__(self, steps: PaddedSteps) -> None:
         self.obstacle: str | None = None
         self.captured = self.replayed = 0

@@ -53,12 +53,16 @@ def shape_of(layout: StepLayout) -> StepShape | None:
     return StepShape(tokens, rows, 1 << (longest - 1).bit_length(), decode)
 
 
-def largest_shape(max_num_seqs: int, max_model_len: int) -> StepShape:
-    """Its packed inputs are no smaller than those of any step of an engine with these limits."""
+def largest_shape(max_num_seqs: int, max_model_len: int, decode_rows: int | None = None) -> StepShape:
+    """Its packed inputs are no smaller than those of any step of an engine with these limits.
+
+    decode_rows: the most rows, where all steps are decoding ones.
+    """
+    context = 1 << (max(LEAST_CONTEXT, max_model_len) - 1).bit_length()
+    if decode_rows is not None:
+        return StepShape(decode_rows, decode_rows, context, decode=True)
     rows = _least(MIXED_ROWS, max_num_seqs) or MIXED_ROWS[-1]
-    return StepShape(
-        TOKENS[-1], rows, 1 << (max(LEAST_CONTEXT, max_model_len) - 1).bit_length(), decode=False
-    )
+    return StepShape(TOKENS[-1], rows, context, decode=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,7 @@ class ModelSettings(BaseModel):
         True, description="whether own kernels may be used: C++ on CPUs, Triton on CUDA"
     )
     cuda_graphs: bool = Field(True, description="whether steps may be captured as CUDA graphs")
+    record_steps: bool = Field(True, description="whether decoding steps on a CPU may be recorded")
     tier: Literal["B", "C"] | None = Field(None, description="force how it is run; null: the probe decides")
     debug_checks: bool = Field(False, description="check the engine's invariants at every step (slow)")
     load: LoadTime = Field(

@@ -36,6 +36,8 @@ PARAMS = {
 class Uncaptured:
     """Stands in for StepGraphs: the same padded steps, call by call."""
 
+    chooses = True
+
     def __init__(self, steps: PaddedSteps) -> None:
         self.steps = steps
         self.kinds: set[StepKind] = set()
@@ -71,7 +73,7 @@ def padded(engine: Engine, defers: frozenset[DeferredKind] = frozenset()) -> Any
         defers=defers,
     )  # fmt: skip
     stand_in: Any = Uncaptured(steps)
-    runner._graphs = stand_in
+    runner._replays = stand_in
     return stand_in
 
 
@@ -143,3 +145,20 @@ def test_broken_logits_end_their_request_only() -> None:
     while engine.has_work:
         failed |= {event.request_id for event in engine.step() if event.error is not None}
     assert failed == {"broken"}
+
+
+def test_several_texts_of_one_prompt_begin_in_a_step_of_one_row() -> None:
+    def texts(engine: Engine) -> list[list[int]]:
+        got: list[list[int]] = [[] for _ in range(4)]
+        for name in "ab":  # the second time the prompt is in the prefix cache but for its last token
+            params = SamplingParams(seed=3, n=4, max_tokens=5, ignore_eos=True)
+            engine.submit(Request(id=name, prompt_token_ids=tuple(range(3, 12)), params=params))
+            while engine.has_work:
+                for event in engine.step():
+                    assert event.error is None
+                    got[event.index] += event.token_ids
+        return got
+
+    engine = make_engine()
+    padded(engine)
+    assert texts(engine) == texts(make_engine())

@@ -211,7 +211,7 @@ def test_greedy_tokens_are_the_same_while_the_limit_moves(
         turn += 1
     assert texts == expected and len(seen) > 10
     if not options:
-        assert engine._runner._graphs.replayed > 100  # type: ignore[attr-defined]
+        assert engine._runner._replays.replayed > 100  # type: ignore[attr-defined]
 
 
 def test_many_sequences_go_on_under_a_limit_that_moves_and_none_is_lost() -> None:
@@ -234,7 +234,7 @@ def test_graphs_of_before_are_replayed_after_the_limit_moved() -> None:
     for _ in range(2):
         ask(engine, 3)
         before = drain(engine)
-    graphs: Any = engine._runner._graphs  # type: ignore[attr-defined]
+    graphs: Any = engine._runner._replays  # type: ignore[attr-defined]
     captured = graphs.captured
     engine.set_kv_limit(GIB)
     engine.set_kv_limit(0)

@@ -76,7 +76,7 @@ def test_greedy_tokens_equal_the_cpu_reference(kind: str, overlap: bool) -> None
 
 def test_all_but_the_first_step_of_a_shape_are_replayed() -> None:
     engine = make_engine("llama", "cuda")
-    graphs: Any = engine._runner._graphs  # type: ignore[attr-defined]
+    graphs: Any = engine._runner._replays  # type: ignore[attr-defined]
     run(engine)
     before, steps = graphs.replayed, engine.stats().steps
     run(engine)

@@ -135,7 +135,7 @@ def test_filtered_rows_are_drawn_in_the_graph_as_without_one() -> None:
         for number in range(8):
             assert texts(engine, [number])[str(number)] == together[str(number)]
     assert texts(make_engine("llama", "cuda", cuda_graphs=False), list(range(8))) == together
-    graphs: Any = engine._runner._graphs  # type: ignore[attr-defined]
+    graphs: Any = engine._runner._replays  # type: ignore[attr-defined]
     assert any(kind.choice is not None for kind in graphs._graphs)
 
 

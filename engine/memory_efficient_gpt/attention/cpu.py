@@ -30,6 +30,11 @@ class NativeCPUBackend:
             raise RuntimeError(f"native kernels are unavailable: {loaded.reason}")
         self._kernels = loaded
 
+    @property
+    def kernels(self) -> Kernels:
+        """Those that compute."""
+        return self._kernels
+
     @classmethod
     def create(cls, dtype: torch.dtype, cache_dtype: torch.dtype) -> NativeCPUBackend | Unavailable:
         """The backend for queries of `dtype`, or why there is none (the caller logs it and falls back)."""

@@ -39,7 +39,16 @@ Isa = Literal["avx512", "avx2", "portable"]
 SOURCE_DIR: Final = Path(__file__).parent / "src"
 SOURCES: Final = tuple(
     SOURCE_DIR / f"{name}.cpp"
-    for name in ("attention", "kv_cache", "linear", "pool", "quantize", "quantized_linear", "rowwise")
+    for name in (
+        "attention",
+        "kv_cache",
+        "linear",
+        "pool",
+        "quantize",
+        "quantized_linear",
+        "replay",
+        "rowwise",
+    )
 )
 COMPILE_TIMEOUT_S: Final = 300
 

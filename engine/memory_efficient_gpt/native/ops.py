@@ -32,6 +32,7 @@ from memory_efficient_gpt.native.checks import (
     rows,
 )
 from memory_efficient_gpt.native.packed_weight import PackedWeight
+from memory_efficient_gpt.native.replay import Function, NativeFunction
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 NormStyle = Literal["round_then_scale", "one_plus_weight", "scale_then_round"]
@@ -105,15 +106,23 @@ class Kernels:
         cdll = library.cdll
         self.isa = library.isa
         self.library = library
-        self._linear = declare(cdll.megpt_linear, *[c_void_p] * 4, *[c_int64] * 6)
-        self._quantized_linear = declare(cdll.megpt_quantized_linear, *[c_void_p] * 7, c_float)
-        self._rms_norm = declare(
-            cdll.megpt_rms_norm, *[c_void_p] * 3, *[c_int64] * 3, c_float, *[c_int64] * 3
+        self._linear = NativeFunction(cdll.megpt_linear, Function.LINEAR, [*[c_void_p] * 4, *[c_int64] * 6])
+        self._quantized_linear = NativeFunction(
+            cdll.megpt_quantized_linear,
+            Function.QUANTIZED_LINEAR,
+            [*[c_void_p] * 7, c_float],
+            _QuantizedSizes,
         )
-        self._gated = declare(cdll.megpt_gated, *[c_void_p] * 3, *[c_int64] * 7)
-        self._rope = declare(cdll.megpt_rope, *[c_void_p] * 3, *[c_int64] * 7)
-        self._write = declare(cdll.megpt_write_kv, *[c_void_p] * 8)
-        self._attention = declare(cdll.megpt_attention, *[c_void_p] * 12, c_float, c_float)
+        self._rms_norm = NativeFunction(
+            cdll.megpt_rms_norm, Function.RMS_NORM,
+            [*[c_void_p] * 3, *[c_int64] * 3, c_float, *[c_int64] * 3],
+        )  # fmt: skip
+        self._gated = NativeFunction(cdll.megpt_gated, Function.GATED, [*[c_void_p] * 3, *[c_int64] * 7])
+        self._rope = NativeFunction(cdll.megpt_rope, Function.ROPE, [*[c_void_p] * 3, *[c_int64] * 7])
+        self._write = NativeFunction(cdll.megpt_write_kv, Function.WRITE_KV, [c_void_p] * 8, _WriteSizes)
+        self._attention = NativeFunction(
+            cdll.megpt_attention, Function.ATTENTION, [*[c_void_p] * 12, c_float, c_float], _AttentionSizes
+        )
 
     def __deepcopy__(self, memo: dict[int, object]) -> Kernels:
         """Itself: a copied model shares the library."""
