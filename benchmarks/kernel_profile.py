@@ -40,7 +40,11 @@ KINDS: Final[tuple[tuple[str, str], ...]] = (
     ("norms", r"rms_norm"),
     ("rotary and cache writes", r"rotary|turned_write|write_kv"),
     ("gated activations", r"gated"),
-    ("products", r"gemm|gemv|nvjet|cutlass|cublas|splitk|matmul|few_rows|linear|dense|scaled_mm|product"),
+    (
+        "products",
+        r"gemm|gemv|nvjet|cutlass|cublas|splitk|matmul|few_rows|one_row|experts|linear|dense|scaled_mm|product",
+    ),
+    ("choosing tokens", r"choose_kernel"),
     ("sums by torch", r"CUDAFunctor_add|add_kernel"),
     ("copies", r"memcpy|memset|copy"),
 )

@@ -93,8 +93,8 @@ class StepGraphs:
 
     def _launch(self, kind: StepKind) -> None:
         if kind not in self._graphs:
-            self._graphs[kind] = None
             self._on_stream(lambda: self._steps.compute(kind))
+            self._graphs[kind] = None  # not if it failed: nothing is prepared for a capture then
             return
         graph = self._graphs[kind] or self._capture(kind)
         if graph is None:

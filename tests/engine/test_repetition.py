@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,13 @@ class LayingOut(FakeRunner):
         ]
         samples = [(s.seq.request.id, s.seq.index, s.chunk, s.output_index) for s in step.samples]
         self.steps.append((chunks, samples, step.copies, step.num_tokens, step.num_decodes))
-        return super().run(step)
+        outcome = super().run(step)
+        outcome.ok = [zlib.crc32(repr(sample).encode()) % 150 > 0 for sample in samples]  # unusable logits
+        return outcome
 
 
 def traffic(seed: int) -> LayingOut:
-    """Random requests and aborts until all is done."""
+    """Random requests until all is done; aborts, unusable logits, limits of memory that move, lost steps."""
     rng = random.Random(seed)
     options: dict[str, Any] = dict(
         num_blocks=rng.randint(26, 60), block_size=rng.choice([2, 4, 8]), max_num_seqs=rng.randint(1, 8),
@@ -58,6 +61,12 @@ def traffic(seed: int) -> LayingOut:
             harness.turn()
         if rng.random() < 0.15:
             harness.scheduler.abort(f"r{rng.randint(0, number)}", rng.choice([None, 0]))
+        if rng.random() < 0.3:
+            allocator = harness.allocator
+            allocator.set_limit(max(rng.randint(25, allocator.num_blocks - 1), allocator.num_used))
+        if rng.random() < 0.05:  # there was no memory to compute it: all that is open fails
+            harness.scheduler.plan()
+            harness.scheduler.abort_all()
     harness.run()
     return runner
 
@@ -68,7 +77,7 @@ def test_repeated_steps_are_those_of_a_full_plan(seed: int, monkeypatch: pytest.
     with monkeypatch.context() as without:
         without.setattr(Repetition, "next", lambda self: None)
         plain = traffic(seed)
-    assert quick.repeated > 10 and plain.repeated == 0
+    assert quick.repeated > 5 and plain.repeated == 0
     assert quick.steps == plain.steps
     for ours, theirs in zip(quick.layouts, plain.layouts, strict=True):
         for name in StepLayout.__slots__:

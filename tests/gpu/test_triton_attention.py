@@ -117,6 +117,6 @@ def test_long_prompts_by_cudnn_equal_those_by_our_kernel(dim: int) -> None:
     on_device(step)
     options = options_for("plain", 8)
     own = step.run(TritonBackend(), options)
-    got = step.run(TritonBackend(cudnn_prompts=True), options)
+    got = step.run(TritonBackend(cudnn_dim=dim), options)
     assert not torch.equal(got, own), "nothing was computed otherwise"
     assert float((got - own).abs().max()) < TOLERANCES[torch.bfloat16]

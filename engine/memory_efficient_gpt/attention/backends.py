@@ -55,6 +55,6 @@ def _triton_backend(
 
     reason = whole_prompts_obstacle(device, dtype, cache_dtype, largest_dim)
     if reason is not None:
-        return TritonBackend(), f"attention by Triton kernels (prompts by cuDNN: {reason})"
+        return TritonBackend(), f"attention by Triton kernels (no long prompts by cuDNN: {reason})"
     who = f"attention by Triton kernels, of whole prompts from {LEAST_TOKENS:,} tokens on by cuDNN"
-    return TritonBackend(cudnn_prompts=True), who
+    return TritonBackend(cudnn_dim=largest_dim), who

@@ -30,10 +30,11 @@ class TritonBackend:
 
     name = "triton"
 
-    def __init__(self, *, precision: str = "ieee", cudnn_prompts: bool = False) -> None:
-        """precision: of products of float32; others have one only. cudnn_prompts: use whole_prompts.py."""
+    def __init__(self, *, precision: str = "ieee", cudnn_dim: int | None = None) -> None:
+        """precision: of products of float32; others have one only. cudnn_dim: of keys and values that
+        whole_prompts.py is used for, None for none."""
         self._precision = precision
-        self._cudnn_prompts = cudnn_prompts
+        self._cudnn_dim = cudnn_dim
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, context: StepContext) -> None:
         """Store key `[T, Hkv, Dk]` and value `[T, Hkv, Dv]` at `context.slots`, as the cache holds it."""
@@ -74,7 +75,8 @@ class TritonBackend:
         if lens is None or context.max_query_len == 1 or 1 in lens:
             longest = context.max_context_len
             decode_rows(query, cache, context, options, out, rows, longest, self._precision)
-        prompts = whole_prompts(context, cache, options) if self._cudnn_prompts else []
+        dim = self._cudnn_dim
+        prompts = whole_prompts(context, cache, options, dim) if dim is not None else []
         if prompts:
             attend_whole(query, cache, context, options, out, prompts)
         elif context.max_query_len > 1:

@@ -7,7 +7,8 @@ captured steps never are.
 
 cuDNN's kernel takes keys and values in one piece; copying them there costs a hundredth of what it saves. It
 has no causal mask for a chunk that begins later, and no window, softcap or sinks: such steps stay with the
-kernels that read pages.
+kernels that read pages. Torch makes a plan for each length that cuDNN has not met before, which holds up the
+whole engine, so prompts are padded at their end to few lengths; no token of a prompt sees what comes behind.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from typing import Final
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from memory_efficient_gpt.attention.context import AttentionOptions, LayerCache, StepContext
 
 LEAST_TOKENS: Final = 2048
 """Measured on an H200, 32 query heads on 8 of keys, heads of 128: 267 to 550 TFLOP/s from there on, where our
 own kernel gives 247 to 382; below, the host's calls cost more than is saved."""
+LENGTH_STEP: Final = 512
+"""Lengths that cuDNN gets are multiples of this."""
 _DTYPES: Final = (torch.bfloat16, torch.float16)
 _MOST_DIM: Final = 128
 _CAPABILITY: Final = (9, 0)
@@ -41,11 +44,16 @@ class WholePrompt:
 
 
 def whole_prompts(
-    context: StepContext, cache: LayerCache, options: AttentionOptions, *, least: int = LEAST_TOKENS
+    context: StepContext, cache: LayerCache, options: AttentionOptions, dim: int, *, least: int = LEAST_TOKENS
 ) -> list[WholePrompt]:
-    """The step's prompts, if all rows with several tokens are whole and long; none if any is not."""
+    """The step's prompts, if all rows with several tokens are whole and long; none if any is not.
+
+    dim: of keys and of values, for which `whole_prompts_obstacle` had none; layers with others get none.
+    """
     lens, contexts = context.host_query_lens, context.host_context_lens
     if lens is None or contexts is None or cache.key.dtype not in _DTYPES:
+        return []
+    if cache.key.shape[3] != dim or cache.value.shape[3] != dim:
         return []
     plain = options.softcap is None and options.sinks is None and options.alibi_slopes is None
     if not plain or (options.window is not None and options.window < max(lens)):
@@ -69,34 +77,40 @@ def attend_whole(
     prompts: list[WholePrompt],
     *,
     kernel: SDPBackend = SDPBackend.CUDNN_ATTENTION,
+    step: int = LENGTH_STEP,
 ) -> None:
-    """Write the outputs of those tokens into out `[T, Hq, Dv]`; query `[T, Hq, Dk]`, the cache is written."""
+    """Write the outputs of those tokens into out `[T, Hq, Dv]`; query `[T, Hq, Dk]`, the cache is written.
+
+    step: each prompt is padded to a multiple of it.
+    """
     for prompt in prompts:
-        pages = _pages(context, prompt, cache.key.shape[1])
-        key, value = (
-            kept[pages].flatten(0, 1)[: prompt.end - prompt.start].transpose(0, 1).unsqueeze(0)
-            for kept in (cache.key, cache.value)
-        )
-        rows = query[prompt.start : prompt.end].transpose(0, 1).unsqueeze(0)
+        tokens = prompt.end - prompt.start
+        length = -(-tokens // step) * step
+        pages = _pages(context, prompt, length, cache.key.shape[1])
+        key, value = (_in_one_piece(kept, pages, tokens, length) for kept in (cache.key, cache.value))
+        rows = query[prompt.start : prompt.end]
+        if tokens < length:
+            rows = pad(rows, (0, 0, 0, 0, 0, length - tokens))
         with sdpa_kernel(kernel):
             result = scaled_dot_product_attention(
-                rows, key, value, is_causal=True, scale=options.scale, enable_gqa=True
-            )
-        out[prompt.start : prompt.end] = result[0].transpose(0, 1)
+                rows.transpose(0, 1).unsqueeze(0), key, value, is_causal=True, scale=options.scale,
+                enable_gqa=True,
+            )  # fmt: skip
+        out[prompt.start : prompt.end] = result[0, :, :tokens].transpose(0, 1)
 
 
 def whole_prompts_obstacle(
-    device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype, largest_dim: int
+    device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype, dim: int
 ) -> str | None:
-    """Why cuDNN can't take a model's long prompts, or None: its result on a small one is compared."""
+    """Why cuDNN can't take long prompts with keys and values of `dim`, or None: a small one is compared."""
     if torch.cuda.get_device_capability(device) < _CAPABILITY:
         return "not measured before compute capability 9.0"
     if dtype not in _DTYPES or cache_dtype is not dtype:
         return f"not for {dtype} with a {cache_dtype} cache"
-    if largest_dim > _MOST_DIM:
-        return f"heads of {largest_dim}, at most {_MOST_DIM}"
+    if dim > _MOST_DIM:
+        return f"heads of {dim}, at most {_MOST_DIM}"
     try:
-        difference = _difference(device, dtype, largest_dim)
+        difference = _difference(device, dtype, dim)
     except RuntimeError as error:
         return str(error).splitlines()[0][:120]
     return None if difference <= _TOLERANCE else f"its result differs by {difference:.2g}"
@@ -116,11 +130,19 @@ def _difference(device: torch.device, dtype: torch.dtype, dim: int) -> float:
     return float((got.float() - want).abs().max())
 
 
-def _pages(context: StepContext, prompt: WholePrompt, block_size: int) -> torch.Tensor:
-    """The prompt's blocks `[n] int64`, once for all layers."""
+def _in_one_piece(kept: torch.Tensor, pages: torch.Tensor, tokens: int, length: int) -> torch.Tensor:
+    """Those pages of a cache `[N, BS, H, D]` as `[1, H, length, D]`, zero from `tokens` on."""
+    rows = kept[pages].flatten(0, 1)[:length]
+    rows[tokens:] = 0  # what nobody owns may be NaN, which is not hidden by a weight of zero
+    return rows.transpose(0, 1).unsqueeze(0)
+
+
+def _pages(context: StepContext, prompt: WholePrompt, length: int, block_size: int) -> torch.Tensor:
+    """Blocks for `length` tokens `[n] int64`, the prompt's and then the trash block; once for all layers."""
     key = ("whole prompt", prompt)
     if key not in context.derived:
-        count = -(-(prompt.end - prompt.start) // block_size)
-        context.derived[key] = context.block_tables[prompt.row, :count].long()
+        owned, wanted = (-(-n // block_size) for n in (prompt.end - prompt.start, length))
+        table = context.block_tables[prompt.row, :owned].long()
+        context.derived[key] = pad(table, (0, wanted - owned))
     pages: torch.Tensor = context.derived[key]
     return pages

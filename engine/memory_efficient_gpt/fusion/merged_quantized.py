@@ -90,7 +90,7 @@ class TritonProduct(MergedProduct):
 def _parts_of(
     whole: TritonWeight, weights: Sequence[TritonWeight], sizes: Sequence[int]
 ) -> list[TritonWeight]:
-    """Each weight as a part of the whole: its codes; where the unit is the same, scales and offsets too."""
+    """Each weight as a part of the whole: its codes; where the unit is the same, mostly the rest, too."""
     parts = []
     ends = itertools.accumulate(sizes)
     for weight, size, end in zip(weights, sizes, ends, strict=True):
@@ -99,7 +99,8 @@ def _parts_of(
         if weight.unit == whole.unit:
             offsets = None if whole.offsets is None else whole.offsets[:, rows]
             part = replace(part, scales=whole.scales[:, rows], offsets=offsets)
-        parts.append(part)
+        # of one span, a part's codes are in one piece, by which kernels take the rest to be so, too
+        parts.append(contiguous(part) if part.codes.is_contiguous() else part)
     return parts
 
 

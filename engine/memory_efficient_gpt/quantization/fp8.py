@@ -2,8 +2,8 @@
 
 Purpose: what the scheme fp8-dynamic means, and how a GPU that multiplies fp8 computes it.
 Does not know: modules, how weights were rounded.
-Invariant: wherever it runs, inputs are rounded alike: token by token, its largest element becoming 448. So a
-row's result does not depend on its batch; devices differ by the order of sums only.
+Invariant: wherever it runs, inputs are rounded alike: token by token, its largest element becoming 448. So
+rounding does not depend on the batch; devices, and numbers of rows on one, differ by the order of sums only.
 
 Letters: M rows (tokens), N outputs, K inputs.
 """

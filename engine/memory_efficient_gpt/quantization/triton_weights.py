@@ -17,7 +17,7 @@ from memory_efficient_gpt.quantization.fp8 import multiplies_fp8
 from memory_efficient_gpt.quantization.modules import QuantizedModule
 from memory_efficient_gpt.quantization.scheme import Scheme
 from memory_efficient_gpt.quantization.storage import QuantizedWeight, pack_nibbles
-from memory_efficient_gpt.triton_kernels.availability import triton_obstacle
+from memory_efficient_gpt.triton_kernels.availability import can_overlap, triton_obstacle
 from memory_efficient_gpt.triton_kernels.packing import Code, TritonWeight, obstacle, pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -108,10 +108,17 @@ def _obstacle(weight: QuantizedWeight) -> str | None:
     if (reason := triton_obstacle(weight.codes.device)) is not None:
         return reason
     if weight.scheme.dynamic:
-        return "fp8 with fp8" if multiplies_fp8(weight.codes.device) else "inputs are rounded first"
+        return _who_multiplies_fp8(weight.codes.device)
     if weight.scheme.kind not in ("int", "fp8"):
         return f"no Triton kernel for {weight.scheme}"
     return obstacle(code_of(weight.scheme), weight.scheme.group_size)
+
+
+def _who_multiplies_fp8(device: torch.device) -> str:
+    """With inputs that are rounded to fp8 (fp8.py)."""
+    if not multiplies_fp8(device):
+        return "inputs are rounded first"
+    return "fp8 with fp8, but for few rows" if can_overlap(device) else "fp8 with fp8"
 
 
 def _difference(weight: QuantizedWeight, packed: TritonWeight) -> str | None:

@@ -22,16 +22,14 @@ logger = logging.getLogger(__name__)
 
 LEAST_CAPABILITY: Final = (8, 0)
 """Ampere: the first with bfloat16 in its tensor cores."""
-
-
 OVERLAP_CAPABILITY: Final = (9, 0)
 """Hopper: the first whose kernels can begin while the one before runs."""
 
 
 @functools.cache
 def can_overlap(device: torch.device) -> bool:
-    """Whether a kernel can begin on the CUDA device while the one before runs (overlap.py)."""
-    return torch.cuda.get_device_capability(device) >= OVERLAP_CAPABILITY
+    """Whether a kernel can begin on the device while the one before runs (overlap.py)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OVERLAP_CAPABILITY
 
 
 def overlap_options(device: torch.device) -> dict[str, bool]:

@@ -54,14 +54,13 @@ class TritonWeight:
 
 
 def contiguous(weight: TritonWeight) -> TritonWeight:
-    """The weight as kernels take it: one that is part of a merged weight is copied."""
-    offsets = weight.offsets
-    return replace(
-        weight,
-        codes=weight.codes.contiguous(),
-        scales=weight.scales.contiguous(),
-        offsets=None if offsets is None else offsets.contiguous(),
-    )
+    """The weight as kernels take it: one that is part of a merged weight is copied.
+
+    Codes come last: a product may begin while the copy before it ends, and read scales by then (overlap.py).
+    """
+    offsets = None if weight.offsets is None else weight.offsets.contiguous()
+    scales = weight.scales.contiguous()
+    return replace(weight, codes=weight.codes.contiguous(), scales=scales, offsets=offsets)
 
 
 def obstacle(code: Code, group_size: int | None) -> str | None:

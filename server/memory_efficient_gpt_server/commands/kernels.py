@@ -65,10 +65,14 @@ def run(args: argparse.Namespace) -> int:
         os.environ["TRITON_CACHE_DIR"] = str(args.cache.resolve() / "triton")
 
     from memory_efficient_gpt.config import EngineConfig
+    from memory_efficient_gpt.errors import ConfigError
     from memory_efficient_gpt.kernel_builds import build_for_model, build_native
     from memory_efficient_gpt_server.commands.quantize_display import phase_bars
 
     options = engine_options(args)
+    if options and not args.model:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        raise ConfigError([f"{given}: for a GPU's kernels, which need a MODEL. The CPU's take no options."])
     configs = [EngineConfig(model=model, **options) for model in args.model]
     with phase_bars() as progress:
         if not configs:

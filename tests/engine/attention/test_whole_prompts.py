@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+import memory_efficient_gpt.attention.whole_prompts as module
 from memory_efficient_gpt.attention.context import AttentionOptions
 from memory_efficient_gpt.attention.torch_backend import TorchBackend
 from memory_efficient_gpt.attention.whole_prompts import WholePrompt, attend_whole, whole_prompts
@@ -27,7 +30,7 @@ def step_of(
 
 
 def found(step: PagedStep, options: AttentionOptions = PLAIN, least: int = 3) -> list[WholePrompt]:
-    return whole_prompts(step.context, step.cache, options, least=least)
+    return whole_prompts(step.context, step.cache, options, step.shape.key_dim, least=least)
 
 
 def test_whole_long_prompts_are_found_beside_decoding_rows() -> None:
@@ -61,8 +64,16 @@ def test_a_window_that_hides_nothing_is_no_obstacle() -> None:
     assert found(step_of([5], [5]), AttentionOptions(scale=0.25, window=5)) == [WholePrompt(0, 0, 5)]
 
 
+def test_layers_with_other_sizes_than_were_tried_are_left_too() -> None:
+    step = step_of([5], [5])
+    assert whole_prompts(step.context, step.cache, PLAIN, step.shape.key_dim * 2, least=3) == []
+    step.cache.value = step.cache.value[..., :8]
+    assert found(step) == []
+
+
+@pytest.mark.parametrize("padding", [1, 4, 7])
 @pytest.mark.parametrize("heads", HEADS)
-def test_outputs_equal_the_oracle_and_others_are_untouched(heads: str) -> None:
+def test_outputs_equal_the_oracle_and_others_are_untouched(heads: str, padding: int) -> None:
     step = step_of([1, 5, 9], [7, 5, 9], heads=heads)
     options = options_for("plain", HEADS[heads][0])
     wanted = expected(step, options)
@@ -70,7 +81,23 @@ def test_outputs_equal_the_oracle_and_others_are_untouched(heads: str) -> None:
     backend.write(step.key, step.value, step.cache, step.context)
     out = torch.full_like(step.query, 7.0)
     attend_whole(
-        step.query, step.cache, step.context, options, out, found(step, options), kernel=SDPBackend.MATH
-    )
+        step.query, step.cache, step.context, options, out, found(step, options), kernel=SDPBackend.MATH,
+        step=padding,
+    )  # fmt: skip
     assert (out[0] == 7.0).all()
     assert float((out[1:].double() - wanted[1:]).abs().max()) < 2e-2
+
+
+def test_prompts_of_any_length_come_in_few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+
+    def watched(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.add((query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()))
+        return query
+
+    monkeypatch.setattr(module, "scaled_dot_product_attention", watched)
+    for length in (5, 6, 8):
+        step = step_of([length], [length])
+        out = torch.zeros_like(step.query)
+        attend_whole(step.query, step.cache, step.context, PLAIN, out, found(step), step=8)
+    assert len(seen) == 1, "shapes and strides are what a plan is for"

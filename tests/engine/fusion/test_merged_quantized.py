@@ -61,12 +61,17 @@ class Block(nn.Module):
     """Layers that get the same input, with weights of different magnitudes."""
 
     def __init__(
-        self, scheme: str, *, bias: bool = False, scales: tuple[float, ...] = (1.0, 0.02, 1.0)
+        self,
+        scheme: str,
+        *,
+        bias: bool = False,
+        scales: tuple[float, ...] = (1.0, 0.02, 1.0),
+        inputs: int = INPUTS,
     ) -> None:
         super().__init__()
         torch.manual_seed(0)
         for number, (size, scale) in enumerate(zip(SIZES, scales, strict=True)):
-            layer = nn.Linear(INPUTS, size, bias=bias)
+            layer = nn.Linear(inputs, size, bias=bias)
             layer.weight.data *= scale
             weight = quantize_weight(layer.weight.data, parse_scheme(scheme), rounding="nearest")
             held = hold(layer, QuantizedLinear, weight)
@@ -77,8 +82,8 @@ class Block(nn.Module):
         return torch.cat([layer(x) for layer in self.children()], dim=-1)
 
 
-def run_of(block: Block) -> Any:
-    x = torch.randn(1, 5, INPUTS, generator=torch.Generator().manual_seed(1))
+def run_of(block: Block, inputs: int = INPUTS) -> Any:
+    x = torch.randn(1, 5, inputs, generator=torch.Generator().manual_seed(1))
     return lambda: block(x)
 
 
@@ -136,6 +141,21 @@ def test_a_layer_that_goes_back_to_its_buffers_computes_alone(products_by_torch:
         products_by_torch.clear()
         torch.testing.assert_close(run(), want, rtol=1e-5, atol=1e-5)
     assert products_by_torch == []
+
+
+@pytest.mark.parametrize("inputs", [128, INPUTS])
+@pytest.mark.parametrize("scheme", ["int4", "int4-asym-g64"])
+def test_a_part_in_one_piece_is_so_throughout(scheme: str, inputs: int) -> None:
+    block = Block(scheme, scales=(1.0, 1.0, 1.0), inputs=inputs)
+    report = merge_linears(block, run_of(block, inputs))
+    assert report.merged == {3: 1}, report.summary()
+    for layer in block.children():
+        packed = layer.packed_weight
+        assert isinstance(packed, TritonWeight)
+        assert packed.codes.is_contiguous() is (inputs == 128)
+        assert packed.scales.is_contiguous() or not packed.codes.is_contiguous()
+        if packed.offsets is not None:
+            assert packed.offsets.is_contiguous() or not packed.codes.is_contiguous()
 
 
 def test_layers_part_again() -> None:

@@ -18,6 +18,17 @@ def test_a_cpu_is_told_so() -> None:
     assert availability.triton_obstacle(torch.device("cpu")) == "on cpu"
 
 
+def test_kernels_overlap_since_hopper_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = {0: (8, 9), 1: (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    availability.can_overlap.cache_clear()
+    devices = [torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")]
+    found = [availability.overlap_options(device) for device in devices]
+    availability.can_overlap.cache_clear()
+    on, off = {"early": True, "launch_pdl": True}, {"early": False, "launch_pdl": False}
+    assert found == [off, on, off]
+
+
 @pytest.mark.parametrize(
     ("capability", "installed", "reason"),
     [((9, 0), True, None), ((7, 5), True, "compute capability 7.5"), ((9, 0), False, "pip install triton")],

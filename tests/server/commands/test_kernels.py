@@ -30,3 +30,9 @@ def test_a_wrong_option_is_told_before_anything_is_built(tmp_path: Path) -> None
     done = megpt("kernels", "build", "demo", "--max-num-seqs", "0", "--cache", str(tmp_path))
     assert done.returncode == 2 and "max_num_seqs" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_options_of_a_model_without_a_model_are_refused(tmp_path: Path) -> None:
+    done = megpt("kernels", "build", "--quantization", "int4", "--device", "cuda", "--cache", str(tmp_path))
+    assert done.returncode == 2 and "--device, --quantization" in done.stderr and "MODEL" in done.stderr
+    assert not list(tmp_path.iterdir())
