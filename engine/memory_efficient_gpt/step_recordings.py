@@ -70,12 +70,12 @@ class StepRecordings:
         longest = max(_LEAST_CONTEXT, int(layout.context_lens.max()))
         shape = StepShape(rows, rows, 1 << (longest - 1).bit_length(), decode=True)
         kind = _Kind(StepKind(shape, None), self._kernels.thread_limit())
+        self._steps.load(layout, samples, shape)
         entry = self._entries.get(kind)
         if entry is None:
+            self._steps.compute(kind.step)
             self._entries[kind] = _Entry()
-            return None
-        self._steps.load(layout, samples, shape)
-        if not self._compute(kind.step, entry):
+        elif not self._compute(kind.step, entry):
             return None
         return self._steps.result(kind.step, len(samples.logit_rows))
 

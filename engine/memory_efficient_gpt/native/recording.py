@@ -20,8 +20,9 @@ from typing import Any, Final
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from memory_efficient_gpt.native.arena import Arena, is_dense
 from memory_efficient_gpt.native.build import NativeLibrary
 from memory_efficient_gpt.native.checks import DTYPE_CODES
 from memory_efficient_gpt.native.replay import Function, NativeCall, NativeRun, recorder
@@ -48,11 +49,20 @@ class NotRecordableError(RuntimeError):
 
 
 class Recording:
-    """Calls to be done again. The tensors that they write and read stay in memory with it."""
+    """Calls to be done again, and the memory that they work in."""
 
-    def __init__(self, steps: Sequence[Callable[[], object]], tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, steps: Sequence[Callable[[], object]], tensors: Sequence[torch.Tensor], arena: Arena
+    ) -> None:
+        """tensors: what else they read or write; held, so that addresses stay theirs."""
         self._steps = list(steps)
         self._tensors = list(tensors)
+        self._arena = arena
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its own, for what lies between inputs and results."""
+        return self._arena.num_bytes
 
     @property
     def num_native(self) -> int:
@@ -89,7 +99,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch's has no types
         self._cdll = library.cdll
         self._steps: list[Callable[[], object] | NativeCall] = []
-        self._tensors: list[torch.Tensor] = []
+        self._arena = Arena()
+        self._tensors: dict[int, torch.Tensor] = {}  # by storage
 
     def finish(self) -> Recording:
         """All that was noted."""
@@ -104,7 +115,7 @@ class Recorder(TorchDispatchMode):
                 run = []
             if step is not None:
                 steps.append(step)
-        return Recording(steps, self._tensors)
+        return Recording(steps, list(self._tensors.values()), self._arena)
 
     def note_native(self, call: NativeCall) -> None:
         """A call of the native library."""
@@ -122,12 +133,31 @@ class Recorder(TorchDispatchMode):
         _refuse_what_reads(func, args, inputs)
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self._tensors += inputs + outputs
         if func._schema.is_mutable:
             self._steps.append(_copy_of(func, args) or _again(func, args, kwargs))
-        elif outputs and func not in _EMPTY and not _shares(outputs, inputs):
-            self._steps.append(_native_form(func, args, kwargs, result) or _into(func, args, kwargs, outputs))
+        elif outputs and not _shares(outputs, inputs):
+            result = tree_map(self._moved, result)
+            if func not in _EMPTY:
+                outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+                self._steps.append(
+                    _native_form(func, args, kwargs, result) or _into(func, args, kwargs, outputs)
+                )
+        self._hold(inputs)
         return result
+
+    def _moved(self, leaf: Any) -> Any:
+        """A new tensor in the arena, where it can be."""
+        moved = self._arena.like(leaf) if isinstance(leaf, torch.Tensor) else None
+        if moved is None:
+            self._hold([leaf] if isinstance(leaf, torch.Tensor) else [])
+            return leaf
+        return moved.copy_(leaf)
+
+    def _hold(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Keep those that are not the arena's: calls of the library know nothing but addresses."""
+        for tensor in tensors:
+            if not self._arena.owns(tensor):
+                self._tensors[tensor.untyped_storage()._cdata] = tensor
 
 
 class _NoHostReads(TorchFunctionMode):
@@ -186,7 +216,7 @@ def _native_form(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out:
     if func is _ATEN.add.Tensor and not kwargs and len(args) == 2 and _can_add(args[0], args[1], out):
         addresses = [x.data_ptr() for x in (out, *args)]
         return NativeCall(Function.ADD, [*addresses, out.numel(), DTYPE_CODES[out.dtype]])
-    if func is _ATEN.clone.default and _dense(args[0]) and args[0].stride() == out.stride():
+    if func is _ATEN.clone.default and is_dense(args[0]) and args[0].stride() == out.stride():
         return _copy(out, args[0])
     return None
 
@@ -203,7 +233,7 @@ def _copy_of(func: Any, args: Sequence[Any]) -> NativeCall | None:
     if func is not _ATEN.copy_.default or not isinstance(args[1], torch.Tensor):
         return None
     target, source = args[:2]
-    same = _alike(target, source) and target.stride() == source.stride() and _dense(target)
+    same = _alike(target, source) and target.stride() == source.stride() and is_dense(target)
     return _copy(target, source) if same else None
 
 
@@ -215,13 +245,3 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> NativeCall:
 
 def _alike(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.shape == right.shape and left.dtype is right.dtype
-
-
-def _dense(x: torch.Tensor) -> bool:
-    """Whether its numbers fill a piece of memory without gaps, in some order of its dimensions."""
-    size = 1
-    for stride, length in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n != 1):
-        if stride != size:
-            return False
-        size *= length
-    return x.numel() > 0
