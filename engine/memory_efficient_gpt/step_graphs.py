@@ -27,6 +27,8 @@ from memory_efficient_gpt.step_shape import Choice, RowsToSample, shape_of
 logger = logging.getLogger(__name__)
 
 _MOST_GRAPHS: Final = 256
+_PUT_OFF: Final = 200
+"""Steps of a shape before it is tried again where memory was short."""
 
 
 class StepGraphs:
@@ -44,6 +46,7 @@ class StepGraphs:
         self._stream = torch.cuda.Stream(steps.device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[StepKind, torch.cuda.CUDAGraph | None] = {}
+        self._put_off: dict[StepKind, int] = {}
 
     def run(self, layout: StepLayout, samples: RowsToSample, choice: Choice | None) -> torch.Tensor | None:
         """Launch a step; returns `PaddedSteps.result`, or None if the step is not one for a graph."""
@@ -96,12 +99,18 @@ class StepGraphs:
             self._on_stream(lambda: self._steps.compute(kind))
             self._graphs[kind] = None  # not if it failed: nothing is prepared for a capture then
             return
-        graph = self._graphs[kind] or self._capture(kind)
+        graph = self._graphs[kind] or self._capture_in_time(kind)
         if graph is None:
             self._on_stream(lambda: self._steps.compute(kind))
         else:
             graph.replay()
             self.replayed += 1
+
+    def _capture_in_time(self, kind: StepKind) -> torch.cuda.CUDAGraph | None:
+        """A graph, but not soon after memory was short for it."""
+        left = self._put_off.get(kind, 0)
+        self._put_off[kind] = left - 1
+        return self._capture(kind) if left <= 0 else None
 
     def _capture(self, kind: StepKind) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
@@ -116,6 +125,11 @@ class StepGraphs:
 
         try:
             self._on_stream(record)
+        except torch.OutOfMemoryError:
+            self._put_off[kind] = _PUT_OFF
+            logger.warning("No memory to capture %s; tried again after %d such steps.", kind.shape, _PUT_OFF)
+            self._on_stream(self._capture_nothing)
+            return None
         except RuntimeError as error:
             self._give_up(f"the model can't be captured ({str(error).splitlines()[0][:200]})")
             self._on_stream(self._capture_nothing)

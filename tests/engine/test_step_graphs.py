@@ -30,6 +30,34 @@ class Steps:
             raise MemoryError
 
 
+def test_a_shape_for_which_memory_was_short_is_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        """A graph that finds no memory."""
+
+        def capture_begin(self, **options: object) -> None:
+            tries.append(options)
+            if "pool" in options:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        def capture_end(self) -> None:
+            """Nothing was captured."""
+
+    tries: list[dict[str, object]] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Full)
+    monkeypatch.setattr(StepGraphs, "_on_stream", lambda graphs, work: work())
+    steps: Any = Steps()
+    steps.calls = 1
+    graphs = StepGraphs(steps)
+    for _ in range(202):
+        graphs._launch(KIND)
+    assert graphs.obstacle is None and steps.calls == 203  # each was computed all the same
+    assert len([options for options in tries if "pool" in options]) == 1
+    graphs._launch(KIND)
+    assert len([options for options in tries if "pool" in options]) == 2
+
+
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[StepKind]:
     """The kinds that were to be captured, without a GPU."""

@@ -38,7 +38,8 @@ _ALIGNMENT: Final = 16
 def takes(rows: int, weight: torch.Tensor) -> bool:
     """Whether `few_rows_linear` takes so many rows and weight `[N, K]`, and should be ahead of torch."""
     aligned = weight.stride(0) * weight.element_size() % _ALIGNMENT == 0 == weight.data_ptr() % _ALIGNMENT
-    adjacent = weight.stride(1) == 1 and weight.shape[0] > 0 and weight.shape[1] > 0
+    whole = weight.shape[1] * weight.element_size() % _ALIGNMENT == 0  # what is fetched ahead
+    adjacent = weight.stride(1) == 1 and weight.shape[0] > 0 and weight.shape[1] > 0 and whole
     known = weight.dtype in (*DTYPES, torch.float8_e4m3fn)
     return 0 < rows <= MOST_ROWS and aligned and adjacent and known and can_overlap(weight.device)
 
