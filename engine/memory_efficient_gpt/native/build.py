@@ -41,6 +41,7 @@ SOURCES: Final = tuple(
     SOURCE_DIR / f"{name}.cpp"
     for name in (
         "attention",
+        "experts",
         "kv_cache",
         "linear",
         "pool",

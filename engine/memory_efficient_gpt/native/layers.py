@@ -18,6 +18,7 @@ from torch import nn
 
 from memory_efficient_gpt.native.deferral import Deferral, current_deferral
 from memory_efficient_gpt.native.deferred_calls import DeferredHeadNorm, DeferredSum, HeadNormKernels
+from memory_efficient_gpt.native.expert_stacks import NativeStack
 from memory_efficient_gpt.native.ops import Activation, Kernels, NormStyle
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
@@ -73,8 +74,11 @@ class Stack(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def multiply(self, kernels: Kernels, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """x `[T, K]` times an expert's weight transposed."""
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        """One expert's weight `[N, K]`."""
+
+    def native_stack(self) -> NativeStack | None:
+        """As the native library takes it, if it does."""
 
 
 class NativeLayer(nn.Module):
@@ -172,16 +176,17 @@ class NativeExperts(NativeLayer):
     gate_up_proj: torch.Tensor | Stack
     down_proj: torch.Tensor | Stack
 
-    def _multiply(self, x: torch.Tensor, weights: torch.Tensor | Stack, expert: int) -> torch.Tensor:
-        """x `[T, K]` times one expert's weight transposed."""
-        if isinstance(weights, torch.Tensor):
-            return self.native_kernels.linear(x, weights[expert])
-        return weights.multiply(self.native_kernels, x, expert)
-
     def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x `[T, D]`, index and weights `[T, k]` to `[T, D]`; a token's experts are summed in float32."""
         if not self.can_compute(x, self.down_proj):
             return cast(torch.Tensor, super().forward(x, index, weights))
+        gate_up, down = _stack_of(self.gate_up_proj), _stack_of(self.down_proj)
+        if gate_up is not None and down is not None:
+            return self.native_kernels.experts(x, index, weights, gate_up, down, **self.native_settings)
+        return self._one_by_one(x, index, weights)
+
+    def _one_by_one(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Where a stack is in no layout of the library's: it is dequantized expert by expert."""
         num_experts, k = self.down_proj.shape[0], index.shape[1]
         chosen = index.flatten()
         order = chosen.argsort(stable=True)
@@ -198,6 +203,17 @@ class NativeExperts(NativeLayer):
             results[places] = self._multiply(inner, self.down_proj, expert)
         weighted = results.view(-1, k, x.shape[1]).float() * weights.float().unsqueeze(-1)
         return weighted.sum(dim=1).to(x.dtype)
+
+    def _multiply(self, x: torch.Tensor, weights: torch.Tensor | Stack, expert: int) -> torch.Tensor:
+        """x `[T, K]` times one expert's weight transposed."""
+        return self.native_kernels.linear(x, weights[expert])
+
+
+def _stack_of(weights: torch.Tensor | Stack) -> NativeStack | None:
+    """As the library takes it, if it does."""
+    if not isinstance(weights, torch.Tensor):
+        return weights.native_stack()
+    return NativeStack(weights, weights.shape[0]) if weights.is_contiguous() else None
 
 
 def become(

@@ -31,6 +31,7 @@ from memory_efficient_gpt.native.checks import (
     per_head,
     rows,
 )
+from memory_efficient_gpt.native.expert_stacks import ExpertsFunction, NativeStack
 from memory_efficient_gpt.native.packed_weight import PackedWeight
 from memory_efficient_gpt.native.replay import Function, NativeFunction
 
@@ -119,10 +120,27 @@ class Kernels:
         )  # fmt: skip
         self._gated = NativeFunction(cdll.megpt_gated, Function.GATED, [*[c_void_p] * 3, *[c_int64] * 7])
         self._rope = NativeFunction(cdll.megpt_rope, Function.ROPE, [*[c_void_p] * 3, *[c_int64] * 7])
+        self._experts = ExpertsFunction(library)
         self._write = NativeFunction(cdll.megpt_write_kv, Function.WRITE_KV, [c_void_p] * 8, _WriteSizes)
         self._attention = NativeFunction(
             cdll.megpt_attention, Function.ATTENTION, [*[c_void_p] * 12, c_float, c_float], _AttentionSizes
         )
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        gate_up: NativeStack,
+        down: NativeStack,
+        activation: Activation,
+    ) -> torch.Tensor:
+        """x `[T, D]` through each token's experts: index `[T, k]` (E and beyond: none), weights `[T, k]`.
+
+        An expert is down(activation(gate(x)) * up(x)); its stacks are `[E, 2 I, D]` and `[E, D, I]`. Results
+        are summed in float32 in the order of the choices. Raises ValueError for other shapes.
+        """
+        return self._experts(x, index, weights, gate_up, down, _ACTIVATIONS[activation], self.thread_limit())
 
     def __deepcopy__(self, memo: dict[int, object]) -> Kernels:
         """Itself: a copied model shares the library."""

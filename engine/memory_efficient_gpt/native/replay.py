@@ -32,6 +32,7 @@ class Function(IntEnum):
     ATTENTION = 6
     ADD = 7
     COPY = 8
+    EXPERTS = 9
 
 
 class _Call(ctypes.Structure):

@@ -12,13 +12,10 @@ Letters: E experts, N and K the two dimensions of one expert's weight, K being w
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import cast
-
 import torch
 from torch import nn
 
-from memory_efficient_gpt.native.ops import Kernels
+from memory_efficient_gpt.native.expert_stacks import NativeStack
 from memory_efficient_gpt.native.packed_weight import BLOCK, PackedWeight
 from memory_efficient_gpt.quantization.modules import QuantizedModule, dequantize_packed
 from memory_efficient_gpt.quantization.storage import QuantizedWeight
@@ -61,21 +58,10 @@ class QuantizedStack(QuantizedModule):
         """Whether every expert begins a block of the native layout."""
         return self.scheme.kind == "int" and self.shape[1] % BLOCK == 0
 
-    def multiply(self, kernels: Kernels, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """x `[T, K]` times an expert's weight transposed: `[T, N]`."""
-        packed = cast("PackedWeight | None", self.packed_weight)
-        if packed is None:
-            return kernels.linear(x, self[expert])
-        blocks = self.shape[1] // BLOCK
-        part = slice(expert * blocks, (expert + 1) * blocks)
-        offsets = packed.offsets[part] if packed.offsets is not None else None
-        return kernels.quantized_linear(
-            x,
-            replace(
-                packed, codes=packed.codes[part], scales=packed.scales[part], offsets=offsets,
-                num_outputs=self.shape[1],
-            ),
-        )  # fmt: skip
+    def native_stack(self) -> NativeStack | None:
+        """As the native library takes it; None where it is not packed for it."""
+        packed = self.packed_weight
+        return NativeStack(packed, self.num_experts) if isinstance(packed, PackedWeight) else None
 
     def __len__(self) -> int:
         return self.num_experts

@@ -9,6 +9,7 @@
 
 struct MegptAttentionSizes;
 struct MegptWriteSizes;
+struct MegptExpertsSizes;
 
 MEGPT_EXPORT void megpt_linear(void*, const void*, const void*, const void*, int64_t, int64_t, int64_t, int64_t,
                                int64_t, int64_t);
@@ -26,6 +27,8 @@ MEGPT_EXPORT void megpt_attention(void*, const void*, const void*, const void*, 
                                   const int32_t*, const int32_t*, const int32_t*, const float*, const float*,
                                   const MegptAttentionSizes*, float, float);
 
+MEGPT_EXPORT void megpt_experts(void*, const void*, const int64_t*, const float*, const MegptExpertsSizes*);
+
 // replay.py has the same order. n: addresses and whole numbers, as the function takes them; x: its floats.
 extern "C" struct MegptCall {
     int64_t function;
@@ -36,7 +39,7 @@ extern "C" struct MegptCall {
 namespace megpt {
 namespace {
 
-enum Function : int64_t { kLinear, kQuantizedLinear, kRmsNorm, kGated, kRope, kWriteKv, kAttention, kAdd, kCopy };
+enum Function : int64_t { kLinear, kQuantizedLinear, kRmsNorm, kGated, kRope, kWriteKv, kAttention, kAdd, kCopy, kExperts };
 
 template <class T>
 void add_all(T* out, const T* a, const T* b, int64_t count) {
@@ -99,6 +102,10 @@ MEGPT_EXPORT void megpt_replay(const MegptCall* calls, int64_t count) {
                 break;
             case megpt::kCopy:
                 std::memcpy(at<out>(n[0]), at<in>(n[1]), static_cast<size_t>(n[2]));
+                break;
+            case megpt::kExperts:
+                megpt_experts(at<out>(n[0]), at<in>(n[1]), at<const int64_t*>(n[2]), at<floats>(n[3]),
+                              at<const MegptExpertsSizes*>(n[4]));
                 break;
         }
     }
