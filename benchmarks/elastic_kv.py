@@ -8,6 +8,7 @@ workers run all the time, so that what one burst leaves behind is there in the n
 
 The KV cache is scarce: it limits how many sequences are computed together, and that is what more of it buys.
 
+    python -m benchmarks.elastic_kv --ceiling                         how fast it could be at most
     python -m benchmarks.elastic_kv --device cuda --repetitions 2     both shapes, in turn; under four minutes
 """
 
@@ -95,6 +96,7 @@ def settings_for(case: Case, arm: str, budget_bytes: int, folder: Path | None = 
     limits = {
         "split": {"kv_cache_bytes": case.kv_bytes // 2},
         "elastic": {"kv_soft_limit_bytes": kept, "kv_hard_limit_bytes": case.kv_bytes - kept},
+        "ceiling": {"kv_cache_bytes": case.kv_bytes - kept},
     }[arm]
     common = {
         "model": case.model if folder is None else str(folder), "device": case.device, "num_threads": 1,
@@ -193,18 +195,24 @@ def cpu_seconds(pid: int | None) -> float:
 
 
 async def measure(
-    case: Case, repetitions: int, console: Console, folder: Path | None = None
+    case: Case, repetitions: int, console: Console, folder: Path | None = None, *, ceiling: bool = False
 ) -> dict[str, Any]:
-    """Bursts on each model of each arm in turn; the first round is dropped. folder: as for `settings_for`."""
+    """Bursts on each model of each arm in turn; the first round is dropped. folder: as for `settings_for`.
+
+    ceiling: with a third arm that has, beyond the budget, always what the elastic one can come to.
+    """
     start_fork_server()
     budget_bytes = await budget_for_both(case, folder)
+    budgets = {"split": budget_bytes, "elastic": budget_bytes}
+    if ceiling:
+        budgets["ceiling"] = budget_bytes + case.kv_bytes
     async with contextlib.AsyncExitStack() as stack:
         arms: dict[str, Arm] = {}
-        for name in ("split", "elastic"):
-            settings = settings_for(case, name, budget_bytes, folder)
+        for name, size in budgets.items():
+            settings = settings_for(case, name, size, folder)
             arms[name] = Arm(await stack.enter_async_context(hosting(settings)), case)
         with progress_bar(console) as bar:
-            task = bar.add_task("bursts", total=(repetitions + 1) * 2 * len(MODELS))
+            task = bar.add_task("bursts", total=(repetitions + 1) * len(arms) * len(MODELS))
             for repetition in range(-1, repetitions):
                 for number, model in enumerate(MODELS):
                     prompts = random_prompts(
@@ -213,19 +221,20 @@ async def measure(
                     for name in sorted(arms, reverse=(repetition + number) % 2 == 0):
                         bar.update(task, description=f"{model}, {name}", advance=1)
                         await _one_burst(arms[name], model, prompts, keep=repetition >= 0)
-        figures = {name: _figures(arm, budget_bytes) for name, arm in arms.items()}
-    ratios, cpu_ratios = (
-        {model: figures["elastic"][rate][model] / figures["split"][rate][model] for model in MODELS}
-        for rate in ("tokens_per_s", "tokens_per_cpu_s")
-    )
+        figures = {name: _figures(arm, budgets[name]) for name, arm in arms.items()}
+    found = {"": "elastic"} | ({"ceiling_": "ceiling"} if ceiling else {})
     return {
         "target": TARGET,
         "case": asdict(case),
-        "ratios": ratios,
-        "cpu_ratios": cpu_ratios,
-        "settings": {name: settings_for(case, name, budget_bytes, folder) for name in arms},
+        **{f"{prefix}ratios": _ratios(figures, arm, "tokens_per_s") for prefix, arm in found.items()},
+        **{f"{prefix}cpu_ratios": _ratios(figures, arm, "tokens_per_cpu_s") for prefix, arm in found.items()},
+        "settings": {name: settings_for(case, name, size, folder) for name, size in budgets.items()},
         **figures,
     }
+
+
+def _ratios(figures: dict[str, Any], arm: str, rate: str) -> dict[str, float]:
+    return {model: figures[arm][rate][model] / figures["split"][rate][model] for model in MODELS}
 
 
 async def _one_burst(arm: Arm, model: str, prompts: Sequence[Sequence[int]], *, keep: bool) -> None:
@@ -265,8 +274,9 @@ def _figures(arm: Arm, budget_bytes: int) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """The report."""
-    lines = ["| | split | elastic |", "|---|---:|---:|"]
-    arms = record["split"], record["elastic"]
+    names = [name for name in ("split", "elastic", "ceiling") if name in record]
+    lines = [f"| | {' | '.join(names)} |", f"|---{'|---:' * len(names)}|"]
+    arms = [record[name] for name in names]
     for model, rate in itertools.product(MODELS, ("tokens_per_s", "tokens_per_cpu_s")):
         cells = [f"{arm[rate][model]:,.0f}" for arm in arms]
         lines.append(f"| {rate}, burst on {model} | {' | '.join(cells)} |")
@@ -279,6 +289,7 @@ def table(record: dict[str, Any]) -> str:
             *lines,
             f"\nelastic / split: {json.dumps(record['ratios'])} (target {TARGET}), "
             f"by processor time {json.dumps(record['cpu_ratios'])}",
+            *([f"ceiling / split: {json.dumps(record['ceiling_ratios'])}"] if "ceiling" in record else []),
         ]
     )
 
@@ -290,7 +301,7 @@ def sound(figures: dict[str, Any]) -> bool:
     return kept and figures["loads"] == len(MODELS) and figures["evictions"] == 0
 
 
-def on_gpu(cases: dict[str, Case], repetitions: int, console: Console) -> dict[str, Any]:
+def on_gpu(cases: dict[str, Case], repetitions: int, console: Console, *, ceiling: bool) -> dict[str, Any]:
     """The records of shapes, by name, and the device's facts."""
     records: dict[str, Any] = {}
     for name, case in cases.items():
@@ -299,7 +310,7 @@ def on_gpu(cases: dict[str, Case], repetitions: int, console: Console) -> dict[s
             if name != "demo":
                 folder = Path(scratch)
                 write_model(folder, name, "cpu")
-            records[name] = asyncio.run(measure(case, repetitions, console, folder))
+            records[name] = asyncio.run(measure(case, repetitions, console, folder, ceiling=ceiling))
     return {**accelerator_facts("cuda"), "shapes": records}
 
 
@@ -313,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repetitions", type=int, default=5, help="of every burst (default: 5)")
     parser.add_argument("--clients", type=int, help="at once (default: the case's)")
     parser.add_argument("--requests", type=int, help="of a burst (default: the case's)")
+    parser.add_argument("--ceiling", action="store_true", help="measure what more memory would give, too")
     parser.add_argument("--output", type=Path, help="default: elastic_kv.json or elastic_kv_h200.json there")
     options = parser.parse_args(argv)
     console = Console(stderr=True)
@@ -327,10 +339,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = {name: value for name, value in wanted.items() if value is not None}
     if options.device == "cuda":
         cases = {name: replace(CUDA[name], **sizes) for name in options.shapes}
-        found = on_gpu(cases, options.repetitions, console)
+        found = on_gpu(cases, options.repetitions, console, ceiling=options.ceiling)
         records = found["shapes"]
     else:
-        found = asyncio.run(measure(replace(CPU, **sizes), options.repetitions, console))
+        case = replace(CPU, **sizes)
+        found = asyncio.run(measure(case, options.repetitions, console, ceiling=options.ceiling))
         records = {"demo": found}
     name = "elastic_kv.json" if options.device == "cpu" else "elastic_kv_h200.json"
     write_record({**facts, **found}, options.output or ROOT / "benchmarks" / "results" / name)

@@ -102,7 +102,8 @@ def assemble(config: EngineConfig, progress: Callable[[str, float], None]) -> Pa
     decision = decide_tier(model_config, forced=config.tier, max_model_len=config.max_model_len)
     dtype, notes = resolve_dtype(config.dtype, model_config, device)
     progress("loading weights", 0.3)
-    model = load_model(folder, model_config, dtype=dtype, device=device)
+    weights_stay = scheme is None and not config.native_kernels  # else they are quantized, packed or merged
+    model = load_model(folder, model_config, dtype=dtype, device=device, weights_stay=weights_stay)
     notes = (*origin, *notes)
     if scheme is not None:
         notes = (*notes, *_quantize(model, scheme, config, device, progress))
@@ -191,6 +192,8 @@ def build(
         defers, note = _try_deferral(model, layers, backend, dtype, device)
         notes = (*notes, note)
     wanted_len, own_notes = context_length(config, model.config, decision.max_model_len)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading and packing left over is free for the KV cache
     cache = build_cache(
         config, layers, dtype, device, wanted_len=wanted_len, free_bytes=free_memory_bytes(device)
     )

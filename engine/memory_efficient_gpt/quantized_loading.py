@@ -136,7 +136,7 @@ def load(
     causal_model_class(model_config)
     told("loading weights", 0.1)
     dtype, _ = resolve_dtype(config.dtype, model_config, device)
-    model = load_model(folder, model_config, dtype=dtype, device=device)
+    model = load_model(folder, model_config, dtype=dtype, device=device, weights_stay=False)
     report = quantize(
         model, wanted, config, default=INT4, progress=lambda phase, share: told(phase, 0.4 + 0.6 * share)
     )

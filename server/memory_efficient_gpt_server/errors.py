@@ -186,6 +186,12 @@ class BudgetTooSmallError(ConflictError):
         self.details = details
 
 
+class OperationCancelledError(ConflictError):
+    """An administrator called the operation off while it went on."""
+
+    code = "operation_cancelled"
+
+
 class OperationNotFoundError(MegptError):
     """No operation of that id is known."""
 

@@ -21,6 +21,7 @@ from memory_efficient_gpt_server.registry.effects import UnloadReason
 from memory_efficient_gpt_server.registry.owner import Registry
 from memory_efficient_gpt_server.registry.records import VariantRecord
 from memory_efficient_gpt_server.registry.states import State, liveliest
+from memory_efficient_gpt_server.registry.variants import Estimate
 
 _EVICTIONS: Final = (UnloadReason.BUDGET, UnloadReason.OVERCOMMIT, UnloadReason.TTL, UnloadReason.ADMIN)
 _SLEEPS: Final = (UnloadReason.BUDGET, UnloadReason.OVERCOMMIT, UnloadReason.ADMIN)
@@ -33,9 +34,8 @@ def registry_metrics(registry: Registry) -> Iterator[Metric]:
     yield from _loads(registry)
     yield _evictions(registry)
     yield from _sleeps(registry)
-    yield GaugeMetricFamily(
-        "megpt_load_queue_depth", "Requests that wait for a model.", value=len(registry.state.queue)
-    )
+    yield from _estimates(registry)
+    yield from _queue(registry)
     yield _leases(registry)
     yield from _memory(registry)
 
@@ -69,6 +69,40 @@ def _loads(registry: Registry) -> Iterator[Metric]:
     )
     for model_id in registry.models:
         buckets, total = registry.tally.load_s[model_id].cumulative()
+        seconds.add_metric([model_id], buckets, total)
+    yield seconds
+
+
+def _estimates(registry: Registry) -> Iterator[Metric]:
+    family = GaugeMetricFamily(
+        "megpt_model_estimate_error_ratio",
+        "By how much the last load took more than was estimated before it, as a share; of the variant that "
+        "is furthest off.",
+        labels=["model_name"],
+    )
+    for model_id in registry.models:
+        errors = [_error(r.estimate, r.measured) for r in _records(registry, model_id) if r.measured]
+        if errors:
+            family.add_metric([model_id], max(errors, key=abs))
+    yield family
+
+
+def _error(estimate: Estimate, measured: Estimate) -> float:
+    said = sum(estimate.by_kind().values())
+    return sum(measured.by_kind().values()) / said - 1.0 if said else 0.0
+
+
+def _queue(registry: Registry) -> Iterator[Metric]:
+    yield GaugeMetricFamily(
+        "megpt_load_queue_depth", "Requests that wait for a model.", value=len(registry.state.queue)
+    )
+    seconds = HistogramMetricFamily(
+        "megpt_load_queue_wait_seconds",
+        "Time that a request waited for a model that was not ready, whatever came of it.",
+        labels=["model_name"],
+    )
+    for model_id in registry.models:
+        buckets, total = registry.tally.wait_s[model_id].cumulative()
         seconds.add_metric([model_id], buckets, total)
     yield seconds
 

@@ -34,9 +34,14 @@ def test_on_a_gpu_memory_is_counted_in_what_moves_there() -> None:
 
 @pytest.mark.slow
 async def test_bursts_keep_to_the_budget_and_load_nothing_twice() -> None:
-    record = await measure(replace(CPU, clients=16, requests=24), 1, Console(quiet=True))
-    for arm in (record["split"], record["elastic"]):
+    case = replace(CPU, clients=16, requests=24)
+    record = await measure(case, 1, Console(quiet=True), ceiling=True)
+    for arm in (record["split"], record["elastic"], record["ceiling"]):
         assert sound(arm), arm
         assert [burst["tokens"] for burst in arm["bursts"]] == [24 * 112] * 2
     assert record["elastic"]["memory"]["most_bytes"]["kv_booked"] > 0
-    assert "tokens_per_s, burst on right" in table(record)
+    assert (
+        record["ceiling"]["memory"]["budget_bytes"]
+        == case.kv_bytes + record["split"]["memory"]["budget_bytes"]
+    )
+    assert "tokens_per_s, burst on right" in table(record) and "ceiling / split" in table(record)

@@ -6,7 +6,9 @@ Run on a machine with a GPU: python -m pytest -m gpu -s tests/gpu/test_sleep_cud
 from __future__ import annotations
 
 import gc
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.core import Engine
+from memory_efficient_gpt.quantization import QuantizedModel
 from memory_efficient_gpt.request import Request, SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -28,6 +31,8 @@ SHAPE: dict[str, Any] = dict(
 PROMPTS = tuple(range(5, 300)), (7, 8, 9), tuple(range(2000, 1500, -1))
 NEARLY_NOTHING = 16 << 20
 """Bytes: what the runner keeps between steps, and workspaces of kernels."""
+FEW_BLOCKS = 128 << 20
+"""Bytes of torch's blocks (20 MiB each, where tensors are of a few) that such things may lie in."""
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +118,57 @@ def test_the_device_is_empty_while_it_sleeps_and_nothing_differs_afterwards(
             assert after == before, "it computes something else"
         took = f"slept in {report.seconds:.3f} s, woke in {wake_s:.3f} s"
         Console().print(f"\n{options}: {awake:,} bytes awake, {left:,} asleep; {took}")
+    finally:
+        engine.close()
+        del engine
+        free()
+
+
+@pytest.fixture(scope="module")
+def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model whose weights are many of torch's blocks: 0.9 GB, 0.2 GB in int4."""
+    made = tmp_path_factory.mktemp("deep")
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": 40})).bfloat16()
+    model.save_pretrained(made)
+    del model
+    free()
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.mark.parametrize("way", ["as they are", "quantized at load", "quantized before"])
+def test_torch_keeps_little_more_than_a_model_takes_awake_and_nearly_nothing_asleep(
+    way: str, deep_folder: Path, tmp_path: Path
+) -> None:
+    """What torch has reserved is gone for others, whether or not anything lies in it."""
+    from memory_efficient_gpt.triton_kernels import linear
+
+    folder = deep_folder
+    options: dict[str, Any] = {"quantization": "int4-g128"} if way == "quantized at load" else {}
+    if way == "quantized before":
+        quantized = QuantizedModel.from_pretrained(str(folder), scheme="int4-g128", device="cuda")
+        folder = tmp_path / "int4"
+        quantized.save_pretrained(folder)
+        del quantized
+    linear._workspaces.clear()  # as in a new process: where they are made is what matters
+    free()
+    others = torch.cuda.memory_reserved()
+    engine = Engine.load(
+        EngineConfig(model=str(folder), device="cuda", max_model_len=1024, kv_cache_bytes=64 << 20, **options)
+    )
+    try:
+        run(engine)
+        free()
+        taken = engine.info.weights_bytes + engine.info.kv_cache_bytes
+        awake = torch.cuda.memory_reserved() - others
+        report = engine.sleep()
+        left = torch.cuda.memory_reserved() - others
+        Console().print(f"\n{taken:,} bytes of weights and cache; reserved {awake:,} awake, {left:,} asleep")
+        assert report.device_bytes == torch.cuda.memory_reserved()
+        assert awake <= taken + 2 * FEW_BLOCKS
+        assert left <= FEW_BLOCKS
     finally:
         engine.close()
         del engine

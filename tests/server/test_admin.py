@@ -202,6 +202,10 @@ def test_metrics_tell_states_loads_evictions_and_bytes(stage: Start) -> None:
     assert value("model_loads_total", model_name="C", result="failure") == 0
     assert value("model_load_seconds_count", model_name="C") == 0
     assert value("load_queue_depth") == 0
+    assert value("load_queue_wait_seconds_count", model_name="B") == 1
+    assert value("load_queue_wait_seconds_count", model_name="C") == 0
+    assert value("model_estimate_error_ratio", model_name="B") == 0
+    assert ("megpt_model_estimate_error_ratio", (("model_name", "C"),)) not in values, "it was never loaded"
     assert value("memory_budget_bytes", device="cpu") == 100
     assert value("memory_bytes", model_name="B", device="cpu", kind="weights") == 60
     assert value("model_leases", model_name="B") == 0

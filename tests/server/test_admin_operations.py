@@ -49,6 +49,24 @@ def test_what_was_refused_is_a_failed_operation(stage: Start) -> None:
         )
 
 
+def test_an_operation_can_be_called_off_while_it_goes_on(stage: Start) -> None:
+    host = FakeHost()
+    host.held = {"A"}
+    with stage(host) as s, ThreadPoolExecutor() as pool:
+        waits = pool.submit(s.client.post, "/admin/models/A/load", json={"wait": True})
+        s.until(lambda: s.state("A") == "loading")
+        (operation,) = s.client.get("/admin/operations").json()["operations"]
+        path = f"/admin/operations/{operation['id']}"
+        called_off = s.client.delete(path)
+        assert (called_off.status_code, called_off.json()["state"]) == (200, "cancelled")
+        assert_error(waits.result(5), 409, code="operation_cancelled")
+        s.until(lambda: s.state("A") == "unloaded")
+        assert s.client.get(path).json()["error"]["code"] == "operation_cancelled"
+        message = assert_error(s.client.delete(path), 409, code="wrong_state")
+        assert "has ended already" in message
+        assert_error(s.client.delete("/admin/operations/op-1"), 404, code="operation_not_found")
+
+
 def test_unknown_operations_are_404(stage: Start) -> None:
     with stage() as s:
         message = assert_error(s.client.get("/admin/operations/op-1"), 404, code="operation_not_found")

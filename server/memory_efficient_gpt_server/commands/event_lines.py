@@ -90,6 +90,13 @@ def _operation(facts: Mapping[str, Any]) -> str:
     return f"{facts['variant']}: {facts['what']} {facts['state']}, {facts['operation']}{why}"
 
 
+def _kv(facts: Mapping[str, Any]) -> str:
+    change, partner = facts["change_bytes"], facts["partner"]
+    sign, word = ("+", "from") if change > 0 else ("-", "for")
+    whose = "" if partner is None else f" {word} {partner}"
+    return f"{facts['variant']}: {sign}{size(abs(change))} of KV memory{whose}, {size(facts['kv_bytes'])} now"
+
+
 def _budget(facts: Mapping[str, Any]) -> str:
     return f"{facts['device']}: {size(facts['from_bytes'])} -> {size(facts['budget_bytes'])}"
 
@@ -119,6 +126,7 @@ _TELLERS: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = MappingProxy
         "eviction": _eviction,
         "refusal": _refusal,
         "operation": _operation,
+        "kv": _kv,
         "budget": _budget,
         "model": _model,
         "missed": _missed,

@@ -38,7 +38,8 @@ What is told:
   load        a load has ended: after how many seconds, or why it failed
   eviction    a model leaves or is put to sleep (budget, overcommit, ttl, admin), and what it holds
   refusal     requests that waited for a model were refused
-  operation   an administrator's load, unload, sleep or wake: running, done, failed
+  operation   an administrator's load, unload, sleep or wake: running, done, failed, cancelled
+  kv          a model got KV memory of others or gave some
   budget      a device has another memory budget
   model       a model was registered, removed, or its settings were changed
   missed      events that are lost, as they came too fast or the server was started anew

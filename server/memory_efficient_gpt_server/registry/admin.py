@@ -1,4 +1,4 @@
-"""What administrators wish: load, unload, sleep, wake, register, change, forget.
+"""What administrators wish: load, unload, sleep, wake, call that off, register, change, forget.
 
 Purpose: handlers of the admin events.
 Does not know: HTTP, keys, who asks.
@@ -12,7 +12,14 @@ from typing import Final
 
 from memory_efficient_gpt_server.registry.draft import Draft
 from memory_efficient_gpt_server.registry.effects import AbortReason, RefusalKind, UnloadReason
-from memory_efficient_gpt_server.registry.events import AdminLoad, AdminUnload, Patched, Removed, UnloadMode
+from memory_efficient_gpt_server.registry.events import (
+    AdminCancel,
+    AdminLoad,
+    AdminUnload,
+    Patched,
+    Removed,
+    UnloadMode,
+)
 from memory_efficient_gpt_server.registry.load_queue import Waiter
 from memory_efficient_gpt_server.registry.records import VariantRecord
 from memory_efficient_gpt_server.registry.states import HAS_PROCESS, State
@@ -131,6 +138,50 @@ def wake(draft: Draft, operation: int, key: VariantKey) -> None:
         )
     else:
         wait_for_load(draft, record, operation, draft.policy.max_wait_s, wants_lease=False)
+
+
+def cancel(draft: Draft, event: AdminCancel) -> None:
+    """Call an operation off: who waits for a load does so no more, and one that nobody else waits for is
+    stopped; a drain ends unless others want it, too. What can't be stopped half-way is refused."""
+    record = draft.records.get(event.key)
+    if record is not None and any(waiter.id == event.target for waiter in draft.queue.of(event.key)):
+        _answer_cancelled(draft, event)
+        _cancel_load(draft, record, event.target)
+    elif record is not None and event.target in record.operations and record.state is State.DRAINING:
+        _answer_cancelled(draft, event)
+        _cancel_unload(draft, record, event.target)
+    else:
+        draft.refuse(event.operation, RefusalKind.WRONG_STATE, detail=_why_not(record, event.target))
+
+
+def _answer_cancelled(draft: Draft, event: AdminCancel) -> None:
+    draft.refuse(event.target, RefusalKind.CANCELLED)
+    draft.finish((event.operation,))
+
+
+def _cancel_load(draft: Draft, record: VariantRecord, target: int) -> None:
+    """A wake-up goes on: it is over in no time, and stopping it would cost the process."""
+    draft.queue = draft.queue.leave(record.key, target)
+    draft.settle(record.key)
+    if record.state is State.LOADING and record.key not in draft.queue:
+        draft.unload(record, UnloadReason.ADMIN, "its load was called off")
+
+
+def _cancel_unload(draft: Draft, record: VariantRecord, target: int) -> None:
+    """If somebody else wants the unload as well, it goes on, by the earliest deadline that was given."""
+    left = tuple([operation for operation in record.operations if operation != target])
+    record = draft.put(record, operations=left)
+    if not left:
+        record = draft.enter(record, State.READY, drain_for=None, drain_deadline_s=None)
+        draft.serve_group(record)
+
+
+def _why_not(record: VariantRecord | None, target: int) -> str:
+    if record is not None and target in record.sleepers:
+        return "falling asleep is not stopped half-way; wake it instead"
+    if record is not None and target in record.operations:
+        return "its process is being ended already"
+    return "the operation has ended"
 
 
 def patch(draft: Draft, event: Patched) -> None:

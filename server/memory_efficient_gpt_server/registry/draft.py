@@ -224,9 +224,10 @@ class Draft:
         self.refuse_group(record.key, RefusalKind.LOAD_FAILED, failure.retry_at_s - self.now_s, detail=reason)
         return self.put(record, failure=failure)
 
-    def gone(self, record: VariantRecord, leaked: dict[str, int]) -> None:
-        """A process that was told to end has ended; leaks stay booked."""
-        self.ledger = self.ledger.release(record.key, leaked)
+    def gone(self, record: VariantRecord, *, lost: bool) -> None:
+        """A process that was told to end has ended; one that is lost has not, and its bytes stay booked."""
+        end = self.ledger.lose if lost else self.ledger.release
+        self.ledger = end(record.key)
         timings = replace(record.timings, unload_s=self.now_s - record.life.since_s)
         self.finish(record.operations)
         if record.failure is not None and record.key not in self.queue:

@@ -39,6 +39,8 @@ class RefusalKind(StrEnum):
     MODEL_PINNED = "model_pinned"
     WRONG_STATE = "wrong_state"
     """An administrator's wish that makes no sense in the model's state."""
+    CANCELLED = "cancelled"
+    """An administrator called the operation off."""
 
 
 class UnloadReason(StrEnum):

@@ -8,10 +8,8 @@ its waiter's id.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from types import MappingProxyType
 from typing import TypeAlias
 
 from memory_efficient_gpt_server.registry.ledger import Budget
@@ -85,15 +83,15 @@ class WorkerDied:
 
 @dataclass(frozen=True, slots=True)
 class ProcessGone:
-    """The answer to StartUnload. `leaked`: bytes by device that did not come back."""
+    """The answer to StartUnload. lost: it could not be ended, so all that it holds is leaked."""
 
     key: VariantKey
-    leaked: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LeaksCleared:
-    """What a variant had leaked was found to be free."""
+    """All processes of a variant that could not be ended are gone after all."""
 
     key: VariantKey
 
@@ -111,17 +109,6 @@ class Slept:
 @dataclass(frozen=True, slots=True)
 class Woke:
     """The weights are back, and the variant takes `measured`, with the KV memory that it has now."""
-
-    key: VariantKey
-    measured: Estimate
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A ready variant takes something else now (CUDA graphs are captured late, workspaces grow).
-
-    measured: with the KV memory that it has now.
-    """
 
     key: VariantKey
     measured: Estimate
@@ -182,6 +169,15 @@ class AdminWake:
 
 
 @dataclass(frozen=True, slots=True)
+class AdminCancel:
+    """Call off the operation `target`, a wish for `key`, as far as that is possible."""
+
+    operation: int
+    key: VariantKey
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
 class Patched:
     """A model was registered, or its settings changed."""
 
@@ -220,13 +216,13 @@ Event: TypeAlias = (
     | LeaksCleared
     | Slept
     | Woke
-    | Measured
     | KvWanted
     | KvMoved
     | AdminLoad
     | AdminUnload
     | AdminSleep
     | AdminWake
+    | AdminCancel
     | Patched
     | Removed
     | BudgetPatched

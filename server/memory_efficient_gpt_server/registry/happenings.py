@@ -15,16 +15,25 @@ from enum import StrEnum
 from itertools import zip_longest
 from typing import Any, Final
 
-from memory_efficient_gpt_server.registry.effects import Effect, Refuse, StartSleep, StartUnload, UnloadReason
+from memory_efficient_gpt_server.registry.effects import (
+    Effect,
+    GrowKv,
+    Refuse,
+    StartSleep,
+    StartUnload,
+    UnloadReason,
+)
 from memory_efficient_gpt_server.registry.events import (
     BudgetPatched,
     Event,
+    KvMoved,
     Loaded,
     LoadFailed,
     Patched,
     Removed,
     WorkerDied,
 )
+from memory_efficient_gpt_server.registry.kv_room import kv_bytes
 from memory_efficient_gpt_server.registry.records import RegistryState, VariantRecord
 from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import VariantKey
@@ -44,6 +53,7 @@ class HappeningKind(StrEnum):
     EVICTION = "eviction"
     REFUSAL = "refusal"
     OPERATION = "operation"
+    KV = "kv"
     BUDGET = "budget"
     MODEL = "model"
 
@@ -72,6 +82,7 @@ def happenings(
         *_changed_settings(before, event, after),
         *_load(before, event, after, now_s),
         *_evictions(before, effects),
+        *_kv_moves(before, event, effects, after),
         *_states(before, after),
         *_refusals(effects, asked_for),
     ]
@@ -125,6 +136,25 @@ def _evictions(before: RegistryState, effects: tuple[Effect, ...]) -> Iterator[H
                 continue
         facts = {"reason": str(reason), "way": way, "held_bytes": before.ledger.held_by_device(key)}
         yield Happening(HappeningKind.EVICTION, _of(key) | facts)
+
+
+def _kv_moves(
+    before: RegistryState, event: Event, effects: tuple[Effect, ...], after: RegistryState
+) -> Iterator[Happening]:
+    """KV memory that a model got, and that one gave; `partner`: whose it was or for whom it went."""
+    giver = event.source if isinstance(event, KvMoved) else None
+    gift = None if giver is None or giver not in before.records else before.records[giver].giving
+    partners = {} if giver is None or gift is None else {giver: gift.target, gift.target: giver}
+    grown = [effect.key for effect in effects if isinstance(effect, GrowKv)]
+    for key in dict.fromkeys([*([] if giver is None else [giver]), *grown]):
+        now_bytes = kv_bytes(after.ledger, key)
+        change = now_bytes - kv_bytes(before.ledger, key)
+        if change and key in after.records:
+            partner = partners.get(key)
+            device = after.records[key].needs.device
+            facts = {"device": device, "change_bytes": change, "kv_bytes": now_bytes}
+            told = {"partner": None if partner is None else str(partner)}
+            yield Happening(HappeningKind.KV, _of(key) | facts | told)
 
 
 def _refusals(

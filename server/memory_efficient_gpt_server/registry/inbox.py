@@ -11,6 +11,7 @@ import asyncio
 from typing import Any, NamedTuple
 
 from memory_efficient_gpt_server.registry.events import (
+    AdminCancel,
     AdminLoad,
     AdminSleep,
     AdminUnload,
@@ -77,6 +78,7 @@ def asker(event: Event) -> int | None:
             | AdminUnload(operation)
             | AdminSleep(operation)
             | AdminWake(operation)
+            | AdminCancel(operation)
             | Removed(operation)
         ):
             return operation

@@ -5,7 +5,8 @@ Does not know: states, plans, why bytes are wanted.
 Invariant: a byte has one owner. Reservations never take more than budget minus headroom; only a measurement
 can go beyond, and then `overcommitted_bytes` tells how far.
 
-    reserve -> RESERVED --reconcile--> MEASURED --begin_freeing--> FREEING --release--> gone, or LEAKED
+    reserve -> RESERVED --reconcile--> MEASURED --begin_freeing--> FREEING --release--> gone
+                                                                      --lose--> LEAKED --forget_leaks--> gone
 
 FREEING bytes still count as used: a process that is told to end has not ended yet.
 """
@@ -162,9 +163,13 @@ class Ledger:
         """Drop what the living owner has freed."""
         return self._with(owner, tuple([e for e in self.of(owner) if e.stage is not Stage.FREEING]))
 
-    def release(self, owner: Owner, leaked: Mapping[str, int]) -> Ledger:
-        """The owner's process is gone: only `leaked` bytes by device remain, on top of earlier leaks."""
-        left = dict(leaked)
+    def release(self, owner: Owner) -> Ledger:
+        """The owner's process is gone: only earlier leaks remain."""
+        return self._with(owner, tuple([e for e in self.of(owner) if e.stage is Stage.LEAKED]))
+
+    def lose(self, owner: Owner) -> Ledger:
+        """The owner's process could not be ended: what it holds is leaked, on top of earlier leaks."""
+        left = self.held_by_device(owner)
         for entry in self.of(owner):
             if entry.stage is Stage.LEAKED:
                 left[entry.device] = left.get(entry.device, 0) + entry.bytes
@@ -192,10 +197,6 @@ class Ledger:
         if size:
             kept.append(LedgerEntry(owner, device, kind, stage, size))
         return self._with(owner, tuple(kept))
-
-    def move(self, device: str, kind: Kind, source: Owner, target: Owner, size: int) -> Ledger:
-        """Give bytes of one owner to another. Raises LedgerError if the source has not that many."""
-        return self.grow(source, device, kind, -size).grow(target, device, kind, size)
 
     def with_budget(self, device: str, budget: Budget) -> Ledger:
         """Other limits for a device. Less than is used shows as overcommitted."""

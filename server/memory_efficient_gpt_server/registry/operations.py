@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
 from memory_efficient_gpt.errors import MegptError
-from memory_efficient_gpt_server.errors import OperationNotFoundError
+from memory_efficient_gpt_server.errors import OperationCancelledError, OperationNotFoundError
 from memory_efficient_gpt_server.registry.events import AdminLoad, AdminSleep, AdminUnload, AdminWake
 from memory_efficient_gpt_server.registry.happenings import Happening, HappeningKind, reason_text
 
@@ -59,10 +59,12 @@ class Operation:
 
     @property
     def state(self) -> str:
-        """running, done or failed."""
+        """running, done, failed or cancelled."""
         if not self.answer.done():
             return "running"
-        return "done" if self.error is None else "failed"
+        if self.error is None:
+            return "done"
+        return "cancelled" if isinstance(self.error, OperationCancelledError) else "failed"
 
     @property
     def error(self) -> BaseException | None:

@@ -147,6 +147,7 @@ class Registry:
         lease.id = self._answers.new_id()
         answer = self._answers.expect(lease.id, str(lease.key))
         self._leases[lease.id] = lease
+        asked_s, cold = self._clock(), self._life(lease.key).state is not State.READY
         self._post(Asked(lease.id, lease.key, estimate, lease.wait_s))
         try:
             await answer
@@ -156,6 +157,9 @@ class Registry:
                 self._answers.forget(lease.id)
                 self._post(Left(lease.id, lease.key))
             raise
+        finally:
+            if cold and lease.key.model_id in self.models:
+                self.tally.waited(lease.key.model_id, self._clock() - asked_s)
         return self.engine(lease.key)
 
     def take_back(self, lease: Lease) -> None:
@@ -249,6 +253,13 @@ class Registry:
         """Wake a sleeping model; as `load`. Raises ModelNotFoundError."""
         key = self._key(name)
         return await self._wishes.begin(lambda operation: AdminWake(operation, key))
+
+    async def cancel(self, operation: Operation) -> None:
+        """Call an operation off.
+
+        Raises WrongStateError if it has ended or can't be stopped, DrainingError.
+        """
+        await self._wishes.cancel(operation)
 
     # ---- life
 

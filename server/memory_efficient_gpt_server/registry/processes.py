@@ -5,7 +5,7 @@ to these into events.
 Does not know: who waits, what fits.
 Invariant: every load is answered by one of Loaded, LoadFailed and WorkerDied unless it is unloaded first;
 likewise every sleep by Slept or WorkerDied, every wake-up by Woke or WorkerDied; every unload by one
-ProcessGone, after the engine is closed. An engine that can't be closed keeps its bytes.
+ProcessGone, after the engine is closed or given up (endings.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from memory_efficient_gpt.errors import MegptError
+from memory_efficient_gpt_server.registry.endings import Endings
 from memory_efficient_gpt_server.registry.events import (
     Event,
     KvWanted,
@@ -71,6 +72,7 @@ class Processes:
         self._tally = tally
         self._running: dict[VariantKey, Running] = {}
         self._kv_moves = KvMoves(post)
+        self._endings = Endings(post)
         self._unloads: set[asyncio.Task[None]] = set()
 
     def engine(self, key: VariantKey) -> LoadableEngine | None:
@@ -134,6 +136,7 @@ class Processes:
         """End all engines; all get the same `drain_s` seconds."""
         await asyncio.gather(*self._unloads, return_exceptions=True)
         await self._kv_moves.close()
+        self._endings.give_up()
         running, self._running = self._running, {}
         for one in running.values():
             await _cancelled(one.task)
@@ -201,14 +204,10 @@ class Processes:
         running.ready = False
         await _cancelled(running.task)
         await self._kv_moves.stop(key)
-        try:
-            await running.engine.close()
-        except Exception:  # the task's boundary: bytes whose release is unsure stay booked
-            logger.exception("The worker of %s could not be ended; its memory stays booked.", key)
-            return
+        gone = await self._endings.end(key, running.engine)
         self._running.pop(key, None)
         self._ended(key, running.engine)
-        self._post(ProcessGone(key))
+        self._post(ProcessGone(key, lost=not gone))
 
 
 def measured(engine: LoadableEngine, reserved: Estimate) -> Estimate:

@@ -14,6 +14,7 @@ from memory_efficient_gpt_server.registry import admin, kv_sharing
 from memory_efficient_gpt_server.registry.draft import Draft
 from memory_efficient_gpt_server.registry.effects import AbortReason, Effect, RefusalKind, UnloadReason
 from memory_efficient_gpt_server.registry.events import (
+    AdminCancel,
     AdminLoad,
     AdminSleep,
     AdminUnload,
@@ -28,7 +29,6 @@ from memory_efficient_gpt_server.registry.events import (
     Left,
     Loaded,
     LoadFailed,
-    Measured,
     Patched,
     ProcessGone,
     Removed,
@@ -71,8 +71,9 @@ def _apply(draft: Draft, event: Event) -> None:
         case KvMoved(source, size):
             kv_sharing.kv_moved(draft, source, size)
         case (
-            AdminLoad() | AdminUnload() | AdminSleep() | AdminWake() | Patched() | Removed() | BudgetPatched()
-        ):
+            AdminLoad() | AdminUnload() | AdminSleep() | AdminWake() | AdminCancel()
+            | Patched() | Removed() | BudgetPatched()
+        ):  # fmt: skip
             _apply_admin(draft, event)
         case _:
             _apply_news(draft, event)
@@ -80,7 +81,7 @@ def _apply(draft: Draft, event: Event) -> None:
 
 def _apply_admin(
     draft: Draft,
-    event: AdminLoad | AdminUnload | AdminSleep | AdminWake | Patched | Removed | BudgetPatched,
+    event: AdminLoad | AdminUnload | AdminSleep | AdminWake | AdminCancel | Patched | Removed | BudgetPatched,
 ) -> None:
     match event:
         case AdminLoad():
@@ -91,6 +92,8 @@ def _apply_admin(
             admin.sleep(draft, operation, key)
         case AdminWake(operation, key):
             admin.wake(draft, operation, key)
+        case AdminCancel():
+            admin.cancel(draft, event)
         case Patched():
             admin.patch(draft, event)
         case Removed():
@@ -101,7 +104,7 @@ def _apply_admin(
 
 def _apply_news(
     draft: Draft,
-    event: Loaded | LoadFailed | WorkerDied | ProcessGone | LeaksCleared | Slept | Woke | Measured,
+    event: Loaded | LoadFailed | WorkerDied | ProcessGone | LeaksCleared | Slept | Woke,
 ) -> None:
     """News of workers."""
     if isinstance(event, LeaksCleared):
@@ -111,7 +114,7 @@ def _apply_news(
     if record is None or record.state not in HAS_PROCESS:
         raise IllegalTransitionError(f"{type(event).__name__} of {event.key}, which has no process")
     if isinstance(event, ProcessGone):
-        draft.gone(record, dict(event.leaked))
+        draft.gone(record, lost=event.lost)
         return
     if record.state is State.UNLOADING:
         _late_news(draft, record, event)
@@ -129,8 +132,6 @@ def _apply_news(
             _arrived(draft, record, measured, replace(record.timings, wake_s=wake_s))
         case Slept():
             _slept(draft, record, event)
-        case Measured(_, measured):
-            _measured(draft, record, measured)
         case LoadFailed(_, reason):
             _require(record, State.LOADING, event)
             record = draft.strike(record, reason, fatal=True)
@@ -217,18 +218,12 @@ def _slept(draft: Draft, record: VariantRecord, event: Slept) -> None:
 
 def _late_news(draft: Draft, record: VariantRecord, event: Event) -> None:
     """Sent before the process heard that it must end. All that matters of it is what it really holds."""
-    if isinstance(event, Loaded | Woke | Measured):
+    if isinstance(event, Loaded | Woke):
         ledger = draft.ledger.reconcile(record.key, event.measured.awake())
         draft.ledger = ledger.begin_freeing(record.key)
     elif isinstance(event, Slept) and event.parked_bytes is not None:
         ledger = draft.ledger.measure(record.key, Kind.PARKED, HOST, event.parked_bytes)
         draft.ledger = ledger.begin_freeing(record.key)
-
-
-def _measured(draft: Draft, record: VariantRecord, measured: Estimate) -> None:
-    if record.state in (State.READY, State.DRAINING):
-        draft.ledger = draft.ledger.reconcile(record.key, measured.awake())
-        draft.put(record, measured=_as_loaded(record, measured))
 
 
 def _as_loaded(record: VariantRecord, measured: Estimate) -> Estimate:

@@ -17,6 +17,7 @@ from memory_efficient_gpt_server.errors import (
     ModelPinnedError,
     ModelsBusyError,
     ModelUnloadingError,
+    OperationCancelledError,
     ServerFullError,
     WrongStateError,
 )
@@ -51,6 +52,8 @@ def error_for(refusal: Refuse, model_id: str) -> MegptError:
         case RefusalKind.WRONG_STATE:
             why = refusal.detail or f"GET /admin/models/{model_id} tells its state"
             return WrongStateError(f"Model {model_id} can't do that now: {why}.")
+        case RefusalKind.CANCELLED:
+            return OperationCancelledError(f"An administrator called this operation on {model_id} off.")
         case _:
             return _try_again(refusal.kind, model_id, wait_s)
 

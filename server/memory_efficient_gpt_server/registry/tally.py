@@ -28,6 +28,11 @@ class Tally:
         self.sleeps: Counter[tuple[str, str]] = Counter()
         self.wake_s: defaultdict[str, Histogram] = defaultdict(lambda: Histogram(WAKE_BUCKETS))
         self.load_s: defaultdict[str, Histogram] = defaultdict(lambda: Histogram(LOAD_BUCKETS))
+        self.wait_s: defaultdict[str, Histogram] = defaultdict(lambda: Histogram(LOAD_BUCKETS))
+
+    def waited(self, model_id: str, seconds: float) -> None:
+        """A request that found its model not ready was answered after so long: granted, refused or left."""
+        self.wait_s[model_id].observe(seconds)
 
     def loaded(self, model_id: str, seconds: float) -> None:
         """A load has succeeded after so long."""

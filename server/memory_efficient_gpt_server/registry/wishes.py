@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from memory_efficient_gpt_server.errors import WrongStateError
 from memory_efficient_gpt_server.registry.answers import Answers
-from memory_efficient_gpt_server.registry.events import Event, Removed
+from memory_efficient_gpt_server.registry.events import AdminCancel, Event, Removed
 from memory_efficient_gpt_server.registry.inbox import Inbox
 from memory_efficient_gpt_server.registry.operations import AdminWish, Operation, Operations
 
@@ -50,6 +51,16 @@ class Wishes:
             closed.result()
         if not stepped:
             raise RuntimeError(f"the registry failed on {type(event).__name__}")
+
+    async def cancel(self, operation: Operation) -> None:
+        """Call a wish off. Raises WrongStateError if it has ended or can't be stopped, DrainingError."""
+        if operation.done():
+            raise WrongStateError(f"Operation {operation.id} has ended already: it is {operation.state}.")
+        wish = operation.wish
+        waiter = self._answers.new_id()
+        answer = self._answers.expect(waiter, str(wish.key))
+        self._inbox.post(AdminCancel(waiter, wish.key, wish.operation))
+        await answer
 
     async def dismiss(self, model_id: str) -> None:
         """Forget a model. Raises ModelNotFoundError, ModelBusyError, DrainingError."""

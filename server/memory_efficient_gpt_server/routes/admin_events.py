@@ -40,7 +40,8 @@ async def events(
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:
     """A stream of events: state (model, from, to, reason), load (result, seconds), eviction (reason, way,
-    bytes), refusal (code, requests), operation (id, state), budget, model (registered, changed, removed).
+    bytes), refusal (code, requests), operation (id, state), kv (change_bytes, kv_bytes, partner), budget,
+    model (registered, changed, removed).
     Each has an id; the header Last-Event-ID goes on after it. An event `missed` says how many events are
     lost to this reader, `end` that the server shuts down."""
     record = record_of(request)

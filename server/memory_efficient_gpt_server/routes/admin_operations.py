@@ -1,8 +1,8 @@
-"""/admin/queue and /admin/operations: who waits for what, and how wishes went.
+"""/admin/queue and /admin/operations: who waits for what, how wishes went, and calling one off.
 
 Purpose: views of the load queue and of administrators' operations, for the holder of the admin key.
 Does not know: how either comes about.
-Invariant: nothing here changes anything.
+Invariant: what is read here changes nothing; what is called off was answered to all who waited for it.
 """
 
 from __future__ import annotations
@@ -40,5 +40,15 @@ async def list_operations(registry: CurrentRegistry) -> dict[str, Any]:
 
 @router.get("/admin/operations/{operation_id}")
 async def get_operation(operation_id: str, registry: CurrentRegistry) -> dict[str, Any]:
-    """One operation: running, done, or failed with its error. 404 if it ended long ago."""
+    """One operation: running, done, cancelled, or failed with its error. 404 if it ended long ago."""
     return operation_view(registry.operations.get(operation_id))
+
+
+@router.delete("/admin/operations/{operation_id}")
+async def cancel_operation(operation_id: str, registry: CurrentRegistry) -> dict[str, Any]:
+    """Call an operation off; answers with it. A load is stopped unless others wait for the model, a drain
+    ends and the model takes requests again. 409 wrong_state for what has ended or can't be stopped: a model
+    that is falling asleep, a process that is being ended."""
+    operation = registry.operations.get(operation_id)
+    await registry.cancel(operation)
+    return operation_view(operation)

@@ -219,6 +219,21 @@ LINES: tuple[tuple[str, dict[str, Any], str], ...] = (
         "A: load failed, op-1: why",
     ),
     (
+        "kv",
+        {**A, "device": "cpu", "change_bytes": 1 << 20, "kv_bytes": 3 << 20, "partner": "B"},
+        "A: +1.0 MiB of KV memory from B, 3.0 MiB now",
+    ),
+    (
+        "kv",
+        {**A, "device": "cpu", "change_bytes": -(1 << 20), "kv_bytes": 3 << 20, "partner": "B"},
+        "A: -1.0 MiB of KV memory for B, 3.0 MiB now",
+    ),
+    (
+        "kv",
+        {**A, "device": "cpu", "change_bytes": 1 << 20, "kv_bytes": 3 << 20, "partner": None},
+        "A: +1.0 MiB of KV memory, 3.0 MiB now",
+    ),
+    (
         "budget",
         {"device": "cpu", "from_bytes": 1 << 30, "budget_bytes": 1 << 20},
         "cpu: 1.00 GiB -> 1.0 MiB",

@@ -35,7 +35,6 @@ from memory_efficient_gpt_server.registry.events import (
     LeaseReleased,
     Left,
     Loaded,
-    Measured,
     ProcessGone,
     Removed,
     Slept,
@@ -50,7 +49,7 @@ from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import VariantKey
 from tests.server.registry.fake_workers import FakeWorkers
 
-MEASURES = (Loaded, Woke, Slept, Measured, ProcessGone, KvMoved, BudgetPatched)
+MEASURES = (Loaded, Woke, Slept, ProcessGone, KvMoved, BudgetPatched)
 """Events that tell the ledger what is, so that it may show more than the budget."""
 
 BUSY_STATES = frozenset({State.LOADING, State.SLEEPING, State.WAKING, State.DRAINING, State.UNLOADING})

@@ -28,7 +28,6 @@ from memory_efficient_gpt_server.registry.events import (
     LeaksCleared,
     Loaded,
     LoadFailed,
-    Measured,
     ProcessGone,
     Slept,
     Woke,
@@ -111,20 +110,8 @@ class FakeWorkers:
             case _:
                 raise AssertionError(f"{effect} is nothing for a worker")
 
-    def remeasure(self, key: VariantKey) -> Measured | None:
-        """A ready worker has grown by itself."""
-        worker = self.workers.get(key)
-        if worker is None or worker.phase != "ready":
-            return None
-        size = self.natures[key].size
-        size = replace(
-            size, kv_bytes=worker.kv_bytes, graphs_bytes=size.graphs_bytes + self.rng.randint(0, 6)
-        )
-        worker.held = per_device(size.awake())
-        return Measured(key, size)
-
     def clear_leaks(self, key: VariantKey) -> LeaksCleared | None:
-        """What was leaked is free after all."""
+        """All processes of it that could not be ended are gone after all."""
         return LeaksCleared(key) if self.leaked.pop(key, None) else None
 
     def _in_phase(self, key: VariantKey, phase: str) -> FakeWorker:
@@ -172,15 +159,15 @@ class FakeWorkers:
         self.later(self.rng.uniform(0.01, LONGEST_UNLOAD_S), lambda: self._gone(key))
 
     def _gone(self, key: VariantKey) -> Event:
-        worker, leaked = self.workers.pop(key), {}
-        if self.rng.random() < self.natures[key].leaks:
-            leaked = {device: size // 8 for device, size in worker.held.items() if size >= 8}
-            mine = self.leaked.setdefault(key, {})
-            for device, size in leaked.items():
-                mine[device] = mine.get(device, 0) + size
-            if self.rng.random() < 0.6:
-                self.later(self.rng.uniform(1, 20), lambda: self.clear_leaks(key))
-        return ProcessGone(key, leaked)
+        worker = self.workers.pop(key)
+        if self.rng.random() >= self.natures[key].leaks:
+            return ProcessGone(key)
+        mine = self.leaked.setdefault(key, {})  # it can't be ended
+        for device, size in worker.held.items():
+            mine[device] = mine.get(device, 0) + size
+        if self.rng.random() < 0.6:
+            self.later(self.rng.uniform(1, 20), lambda: self.clear_leaks(key))
+        return ProcessGone(key, lost=True)
 
     def _sleep(self, key: VariantKey) -> None:
         worker, size = self._in_phase(key, "ready"), self.natures[key].size

@@ -87,9 +87,9 @@ class Driver:
         """A loaded model that nobody uses."""
         self.feed(LeaseReleased(self.load(key, estimate, load_s), key))
 
-    def gone(self, key: VariantKey, after_s: float = 0.0, leaked: int = 0) -> tuple[Effect, ...]:
-        """The process has ended; so many bytes of the GPU did not come back."""
-        return self.feed(ProcessGone(key, {GPU: leaked}), after_s)
+    def gone(self, key: VariantKey, after_s: float = 0.0, *, lost: bool = False) -> tuple[Effect, ...]:
+        """The process has ended; lost: it has not, and what it holds is leaked."""
+        return self.feed(ProcessGone(key, lost), after_s)
 
     def slept(self, key: VariantKey) -> tuple[Effect, ...]:
         """The weights are parked, and the device is empty."""

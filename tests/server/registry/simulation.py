@@ -4,7 +4,8 @@ Purpose: run the registry's core through states that nobody would think of, and 
 Does not know: asyncio, real time.
 Invariant: a seed decides everything; the same seed gives the same run, event by event.
 
-    PYTHONPATH=engine:server:. python -m tests.server.registry.simulation --runs 100000 --seed 0
+    PYTHONPATH=engine:server:. nice python -m tests.server.registry.simulation --runs 100000 --seed 0 \\
+        --output benchmarks/results/registry_simulation.json
     PYTHONPATH=engine:server:. python -m tests.server.registry.simulation --replay 4711
 """
 
@@ -12,16 +13,23 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import json
+import platform
 import random
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.machine import commit
 from memory_efficient_gpt_server.registry.effects import Abort, Effect, Finish, GrantLease, Refuse
 from memory_efficient_gpt_server.registry.events import (
+    AdminCancel,
     AdminLoad,
     AdminSleep,
     AdminUnload,
@@ -186,7 +194,7 @@ class Simulation:
     def _wish(self, key: VariantKey) -> Event | None:
         """Something that an administrator or a worker wants."""
         rng = self.rng
-        wish = rng.choice((0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 8, 9))
+        wish = rng.choice((0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 9))
         if wish == 9:
             return self._remove(key)
         if wish < 5:
@@ -199,7 +207,7 @@ class Simulation:
         if wish == 6:
             device = rng.choice(list(self.state.ledger.budgets))
             return BudgetPatched(device, Budget(rng.randint(60, 220), rng.randint(0, 20)))
-        return KvWanted(key, rng.choice((10, 200))) if wish == 7 else self.workers.remeasure(key)
+        return KvWanted(key, rng.choice((10, 200)))
 
     def _remove(self, key: VariantKey) -> Event:
         """Forget a model; if it goes, it is registered again after a while, as it was."""
@@ -215,6 +223,8 @@ class Simulation:
     def _operation(self, key: VariantKey, wish: int) -> Event:
         rng, max_wait_s = self.rng, self.state.policy.max_wait_s
         operation = self._new_id(key, self.now_s + max_wait_s + LONGEST_USE_S + 10.0 + self.tick_s)
+        if rng.random() < 0.3:
+            self._later(rng.uniform(0.0, 8.0), partial(self._cancel, key, operation))
         match wish:
             case 0:
                 return AdminLoad(operation, key, self.estimates[key])
@@ -225,6 +235,9 @@ class Simulation:
                 return AdminSleep(operation, key)
             case _:
                 return AdminWake(operation, key)
+
+    def _cancel(self, key: VariantKey, target: int) -> Event:
+        return AdminCancel(self._new_id(key, self.now_s), key, target)
 
     def _unload_everything(self) -> None:
         for entry in self.state.entries.values():
@@ -301,11 +314,11 @@ def _short(news: Event | Effect) -> str:
     return f"{type(news).__name__}({', '.join(shown)})"
 
 
-def _run_many(first_seed: int, runs: int) -> list[int]:
-    """Run the seeds; tells failing ones at once and the counts at the end. Returns the failing seeds."""
+def _run_many(first_seed: int, runs: int) -> dict[str, Any]:
+    """Run the seeds; tells failing ones at once and the counts at the end. Returns a record of it all."""
     failed: list[int] = []
     counts: Counter[str] = Counter()
-    num_events = 0
+    num_events, began_s = 0, time.perf_counter()
     for seed in tqdm(range(first_seed, first_seed + runs), mininterval=2, unit="run"):
         simulation = Simulation(seed)
         try:
@@ -317,7 +330,19 @@ def _run_many(first_seed: int, runs: int) -> list[int]:
     for name, count in sorted(counts.items()):
         tqdm.write(f"{count:12,} {name}")
     tqdm.write(f"{runs:,} runs from seed {first_seed}, {num_events:,} events, {len(failed)} failed")
-    return failed
+    return {
+        "first_seed": first_seed,
+        "runs": runs,
+        "events": num_events,
+        "seconds": round(time.perf_counter() - began_s, 1),
+        "failed_seeds": failed,
+        "counts": dict(sorted(counts.items())),
+    }
+
+
+def _write(record: dict[str, Any], output: Path, commit_of_sources: str) -> None:
+    facts = {"commit": commit_of_sources, "python": platform.python_version(), "machine": platform.machine()}
+    output.write_text(json.dumps({**facts, **record}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -326,11 +351,16 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=1000, help="number of runs")
     parser.add_argument("--seed", type=int, default=0, help="the first run's; the next one counts on")
     parser.add_argument("--replay", type=int, metavar="SEED", help="run one seed and tell every event")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write a record of the runs, as JSON")
     arguments = parser.parse_args()
     if arguments.replay is not None:
         Simulation(arguments.replay, log=True).run()
         return 0
-    return 1 if _run_many(arguments.seed, arguments.runs) else 0
+    sources = commit()  # of those that are imported now, whatever is committed while it runs
+    record = _run_many(arguments.seed, arguments.runs)
+    if arguments.output is not None:
+        _write(record, arguments.output, sources)
+    return 1 if record["failed_seeds"] else 0
 
 
 if __name__ == "__main__":

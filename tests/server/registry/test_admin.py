@@ -17,6 +17,7 @@ from memory_efficient_gpt_server.registry.effects import (
     UnloadReason,
 )
 from memory_efficient_gpt_server.registry.events import (
+    AdminCancel,
     AdminLoad,
     AdminSleep,
     AdminUnload,
@@ -255,7 +256,7 @@ def test_a_model_is_forgotten_only_when_nothing_of_it_is_left() -> None:
     driver.feed(Removed(OPERATION, "A"))
     assert _refusal(driver) is RefusalKind.MODEL_BUSY
     driver.feed(AdminUnload(OPERATION, A))
-    driver.gone(A, leaked=3)
+    driver.gone(A, lost=True)
     driver.feed(Removed(OPERATION, "A"))
     assert _refusal(driver) is RefusalKind.MODEL_BUSY  # its leak must keep a name
     driver = Driver()
@@ -268,3 +269,94 @@ def test_a_model_is_forgotten_only_when_nothing_of_it_is_left() -> None:
     assert driver.only(Refuse).kind is RefusalKind.MODEL_NOT_FOUND
     driver.feed(Removed(OPERATION, "A"))
     assert _refusal(driver) is RefusalKind.MODEL_NOT_FOUND
+
+
+# ---- calling an operation off
+
+
+def _cancel(driver: Driver, key: VariantKey, target: int) -> tuple[RefusalKind, ...]:
+    """What the operation, and then whoever called it off, were refused with."""
+    driver.feed(AdminCancel(OPERATION + 50, key, target))
+    return tuple([refusal.kind for refusal in driver.all(Refuse)])
+
+
+def test_a_load_that_only_the_administrator_wanted_is_stopped() -> None:
+    driver = Driver()
+    driver.feed(AdminLoad(OPERATION, A, size()))
+    assert _cancel(driver, A, OPERATION) == (RefusalKind.CANCELLED,)
+    assert driver.only(StartUnload) == StartUnload(A, UnloadReason.ADMIN)
+    assert driver.only(Finish).operation == OPERATION + 50
+    driver.gone(A)
+    assert driver.record(A).state is State.UNLOADED and driver.used() == 0
+
+
+def test_a_load_that_others_wait_for_goes_on() -> None:
+    driver = Driver()
+    driver.feed(AdminLoad(OPERATION, A, size()))
+    waiter = driver.ask(A)
+    assert _cancel(driver, A, OPERATION) == (RefusalKind.CANCELLED,)
+    assert not driver.all(StartUnload)
+    driver.feed(Loaded(A, size()))
+    assert driver.all(GrantLease) == [GrantLease(waiter, A)] and not driver.all(Finish)
+
+
+def test_a_load_that_has_not_begun_is_forgotten() -> None:
+    driver = Driver()
+    driver.load(A)
+    driver.feed(AdminLoad(OPERATION, B, size()))
+    assert driver.record(B).state is State.QUEUED
+    assert _cancel(driver, B, OPERATION) == (RefusalKind.CANCELLED,)
+    assert driver.record(B).state is State.UNLOADED and B not in driver.state.queue
+
+
+def test_a_drain_ends_and_the_model_serves_again() -> None:
+    driver = Driver()
+    lease = driver.load(A)
+    driver.feed(AdminUnload(OPERATION, A, UnloadMode.DRAIN, 9.0))
+    driver.ask(A)
+    assert driver.only(Refuse).kind is RefusalKind.DRAINING
+    driver.feed(AdminLoad(OPERATION + 1, A, size()))
+    assert _cancel(driver, A, OPERATION) == (RefusalKind.CANCELLED,)
+    assert [finish.operation for finish in driver.all(Finish)] == [OPERATION + 50, OPERATION + 1]
+    assert driver.record(A).state is State.READY
+    granted = driver.ask(A)
+    driver.tick(20.0)
+    assert driver.record(A).leases == {lease, granted}, "the deadline was called off, too"
+
+
+def test_a_drain_that_another_administrator_wants_goes_on() -> None:
+    driver = Driver()
+    lease = driver.load(A)
+    driver.feed(AdminUnload(OPERATION, A))
+    driver.feed(AdminUnload(OPERATION + 1, A, UnloadMode.DRAIN, 9.0))
+    assert _cancel(driver, A, OPERATION) == (RefusalKind.CANCELLED,)
+    driver.feed(LeaseReleased(lease, A))
+    assert driver.all(StartUnload) == [StartUnload(A, UnloadReason.ADMIN)]
+    driver.gone(A)
+    assert driver.only(Finish).operation == OPERATION + 1
+
+
+def test_what_cannot_be_stopped_half_way_is_refused_and_goes_on() -> None:
+    driver = Driver(budgets=SLEEPY)
+    driver.load_idle(A, size(can_sleep=True))
+    driver.feed(AdminSleep(OPERATION, A))
+    assert _cancel(driver, A, OPERATION) == (RefusalKind.WRONG_STATE,)
+    driver.slept(A)
+    assert driver.only(Finish).operation == OPERATION
+    assert _cancel(driver, A, OPERATION) == (RefusalKind.WRONG_STATE,), "it has ended"
+    driver.feed(AdminUnload(OPERATION + 1, A))
+    assert _cancel(driver, A, OPERATION + 1) == (RefusalKind.WRONG_STATE,)
+    driver.gone(A)
+    assert driver.only(Finish).operation == OPERATION + 1
+    assert _cancel(driver, B, OPERATION) == (RefusalKind.WRONG_STATE,), "it was never heard of"
+
+
+def test_a_wake_up_that_nobody_waits_for_any_more_is_not_stopped() -> None:
+    driver = Driver(budgets=SLEEPY)
+    driver.load_idle(A, size(can_sleep=True))
+    driver.feed(AdminSleep(OPERATION, A))
+    driver.slept(A)
+    driver.feed(AdminWake(OPERATION + 1, A))
+    assert _cancel(driver, A, OPERATION + 1) == (RefusalKind.CANCELLED,)
+    driver.feed(Woke(A, size(can_sleep=True)))
+    assert driver.record(A).state is State.READY and not driver.effects

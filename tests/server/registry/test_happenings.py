@@ -11,11 +11,12 @@ from memory_efficient_gpt_server.registry.events import (
     AdminSleep,
     BudgetPatched,
     Event,
+    KvMoved,
+    KvWanted,
     LeaseReleased,
     Left,
     Loaded,
     LoadFailed,
-    Measured,
     Patched,
     Removed,
     Tick,
@@ -25,7 +26,7 @@ from memory_efficient_gpt_server.registry.happenings import MOST_CHARACTERS, hap
 from memory_efficient_gpt_server.registry.ledger import Budget
 from memory_efficient_gpt_server.registry.records import Policy
 from memory_efficient_gpt_server.registry.variants import HOST, VariantKey
-from tests.server.registry.registry_driver import GPU, A, B, Driver, size
+from tests.server.registry.registry_driver import GPU, A, B, Driver, elastic, size
 
 Told = list[tuple[str, dict[str, Any]]]
 
@@ -59,7 +60,7 @@ def test_a_load_is_told_with_its_seconds_and_states_from_first_to_last() -> None
     driver.feed(Loaded(A, size()), 1.25)
     load = {"model": "A", "variant": "A", "result": "success", "seconds": 1.25, "reason": None}
     assert driver.told == [("load", load), state(A, "loading", "ready")]
-    for event in (LeaseReleased(lease, A), Measured(A, size(61)), Tick()):
+    for event in (LeaseReleased(lease, A), Tick()):
         driver.feed(event)
         assert driver.told == []
 
@@ -118,6 +119,33 @@ def test_requests_that_gave_up_are_told_once_for_all() -> None:
     driver.tick(11.0)
     refusal = {"model": "B", "variant": "B", "code": "models_busy", "requests": 3, "reason": None}
     assert ("refusal", refusal) in driver.told
+
+
+def kv(key: VariantKey, change: int, now: int, partner: VariantKey | None = None) -> tuple[str, Any]:
+    figures = {"device": GPU, "change_bytes": change, "kv_bytes": now}
+    told = {"partner": None if partner is None else str(partner)}
+    return "kv", {"model": key.model_id, "variant": str(key), **figures, **told}
+
+
+def test_kv_memory_that_moves_is_told_of_both_with_whose_it_was() -> None:
+    driver = Watched(kv_soft_limit_bytes=4)
+    driver.load_idle(A, elastic(30, kv_bytes=20))
+    driver.load(B, elastic(30, kv_bytes=10))
+    driver.feed(KvWanted(B, 18))
+    assert driver.told == [kv(B, 10, 20)], "free bytes; what A gives is still its own"
+    driver.feed(KvMoved(A, 8))
+    assert driver.told == [kv(A, -8, 12, B), kv(B, 8, 28, A)]
+    driver.feed(KvMoved(A, 8))
+    assert driver.told == [], "late news of nothing"
+
+
+def test_kv_memory_for_a_load_goes_to_nobody_in_particular() -> None:
+    driver = Watched(kv_soft_limit_bytes=4)
+    driver.load_idle(A, elastic(30, kv_bytes=20))
+    driver.ask(B, size(60))
+    driver.feed(KvMoved(A, 16))
+    assert driver.told[0] == kv(A, -16, 4)
+    assert [name for name, _ in driver.told] == ["kv", "state"]
 
 
 def test_budgets_and_settings_are_told_when_they_change() -> None:

@@ -14,8 +14,6 @@ from memory_efficient_gpt_server.registry.events import (
     KvMoved,
     KvWanted,
     LeaseReleased,
-    Loaded,
-    Measured,
     Slept,
     Woke,
 )
@@ -91,10 +89,6 @@ def test_its_next_load_begins_as_the_first_whatever_it_woke_with() -> None:
     driver.feed(BudgetPatched(HOST, Budget(200)))
     driver.ask(A, LOADED)
     assert driver.only(StartLoad).reserved == LOADED, "its worker would take 20 and only 8 were booked"
-    driver.feed(Loaded(A, LOADED))
-    driver.feed(KvWanted(A, 5))
-    driver.feed(Measured(A, replace(LOADED, kv_bytes=25, graphs_bytes=3)))
-    assert kv(driver, A) == 25 and driver.record(A).needs == replace(LOADED, graphs_bytes=3)
 
 
 def test_a_move_is_off_once_its_giver_is_put_to_sleep_and_what_was_told_to_go_is_gone() -> None:

@@ -45,24 +45,25 @@ def test_a_measurement_beyond_the_budget_is_shown() -> None:
 def test_freeing_bytes_count_until_the_process_is_gone() -> None:
     ledger = _ledger().reserve("a", _weights(60)).begin_freeing("a")
     assert (ledger.used[GPU], ledger.freeing[GPU]) == (60, 60)
-    assert ledger.release("a", {}).used[GPU] == 0
+    assert ledger.release("a").used[GPU] == 0
 
 
-def test_leaks_stay_booked_add_up_and_can_be_cleared() -> None:
-    ledger = _ledger().reserve("a", _weights(60)).release("a", {GPU: 5})
-    assert ledger.leaked_bytes(GPU) == ledger.used[GPU] == 5
-    ledger = ledger.reserve("a", _weights(60)).release("a", {GPU: 2, HOST: 0})
+def test_what_a_lost_process_holds_stays_booked_adds_up_and_can_be_cleared() -> None:
+    ledger = _ledger().reserve("a", _weights(5)).begin_freeing("a").lose("a")
+    assert ledger.leaked_bytes(GPU) == ledger.used[GPU] == 5 and ledger.freeing[GPU] == 0
+    ledger = ledger.reserve("a", _weights(2)).lose("a")
     assert ledger.leaked_bytes(GPU) == 7
-    ledger = ledger.reserve("b", _weights(10)).release("c", {HOST: 3})
+    ledger = ledger.reserve("b", _weights(10)).reserve("c", _weights(3, HOST)).lose("c")
     assert (ledger.leaked_bytes(GPU), ledger.leaked_bytes(HOST)) == (7, 3)
-    assert ledger.forget_leaks("a").forget_leaks("c").release("b", {}) == _ledger()
+    assert ledger.forget_leaks("a").forget_leaks("c").release("b") == _ledger()
 
 
 def test_a_new_load_of_a_leaking_owner_keeps_the_leak_apart() -> None:
-    ledger = _ledger().reserve("a", _weights(60)).release("a", {GPU: 5}).reserve("a", _weights(20))
+    ledger = _ledger().reserve("a", _weights(5)).lose("a").reserve("a", _weights(20))
     assert ledger.reconcile("a", _weights(21)).used[GPU] == 26
     assert ledger.held_bytes("a", GPU) == 20
     assert ledger.begin_freeing("a").freeing[GPU] == 20
+    assert ledger.release("a").used[GPU] == 5
 
 
 def test_a_sleeping_owner_frees_only_some_kinds() -> None:
@@ -73,13 +74,11 @@ def test_a_sleeping_owner_frees_only_some_kinds() -> None:
     assert ledger.measure("a", Kind.CONTEXT, GPU, 0).of("a") == ()
 
 
-def test_moved_bytes_change_their_owner_and_not_their_sum() -> None:
-    kv = (Amount(GPU, Kind.KV, 30),)
-    ledger = _ledger().reserve("a", kv).reserve("b", kv).move(GPU, Kind.KV, "a", "b", 12)
-    assert [sum(e.bytes for e in ledger.of(owner)) for owner in ("a", "b")] == [18, 42]
-    assert ledger.used[GPU] == 60
-    with pytest.raises(LedgerError, match="has 18 bytes"):
-        ledger.move(GPU, Kind.KV, "a", "b", 19)
+def test_bytes_of_a_kind_grow_and_shrink_but_not_below_none() -> None:
+    ledger = _ledger().reserve("a", (Amount(GPU, Kind.KV, 30),))
+    assert [ledger.grow("a", GPU, Kind.KV, n).used[GPU] for n in (12, -12, -30)] == [42, 18, 0]
+    with pytest.raises(LedgerError, match="has 30 bytes"):
+        ledger.grow("a", GPU, Kind.KV, -31)
 
 
 def test_a_smaller_budget_shows_as_overcommitted() -> None:
@@ -103,7 +102,7 @@ def test_random_operations_keep_the_sums() -> None:
         owner, size = rng.choice("abcde"), rng.randint(1, 90)
         old_used = dict(ledger.used)
         before = ledger
-        match rng.randrange(6):
+        match rng.randrange(7):
             case 0 if not ledger.of(owner) and ledger.available_bytes(GPU) >= size:
                 ledger = ledger.reserve(owner, _weights(size))
             case 1:
@@ -111,8 +110,10 @@ def test_random_operations_keep_the_sums() -> None:
             case 2:
                 ledger = ledger.begin_freeing(owner)
             case 3:
-                ledger = ledger.release(owner, {GPU: rng.randint(0, 3)})
+                ledger = ledger.release(owner)
             case 4:
+                ledger = ledger.lose(owner)
+            case 5:
                 ledger = ledger.forget_leaks(owner)
             case _:
                 ledger = ledger.grow(owner, GPU, Kind.KV, size)

@@ -6,12 +6,19 @@ import asyncio
 
 import pytest
 
-from memory_efficient_gpt_server.errors import ModelBusyError, ModelUnloadingError, OperationNotFoundError
+from memory_efficient_gpt_server.errors import (
+    ModelBusyError,
+    ModelUnloadingError,
+    OperationCancelledError,
+    OperationNotFoundError,
+    WrongStateError,
+)
 from memory_efficient_gpt_server.registry.events import AdminLoad, AdminUnload, UnloadMode
 from memory_efficient_gpt_server.registry.happenings import Happening
 from memory_efficient_gpt_server.registry.operation_view import operation_view
 from memory_efficient_gpt_server.registry.operations import MOST_ENDED, Operation, Operations
 from memory_efficient_gpt_server.registry.states import State
+from memory_efficient_gpt_server.registry.variants import HOST
 from tests.server.registry.fake_engines import FakeHost, reaches
 from tests.server.registry.holders import holder
 from tests.server.registry.registry_driver import A, B, size
@@ -133,6 +140,35 @@ async def test_another_way_to_unload_is_another_operation() -> None:
         await drain
         with pytest.raises(ModelUnloadingError):
             await using
+
+
+async def test_a_load_that_is_called_off_ends_its_worker_and_everybodys_wait() -> None:
+    host = FakeHost()
+    host.held = {"A"}
+    async with host.registry() as registry:
+        operation = await registry.load("A")
+        await reaches(registry, "A", State.LOADING)
+        await registry.cancel(operation)
+        assert operation.state == "cancelled" and operation.ended_s is not None
+        with pytest.raises(OperationCancelledError):
+            await operation
+        await reaches(registry, "A", State.UNLOADED)
+        assert host.engine("A").closed and not registry.state.ledger.used[HOST]
+        with pytest.raises(WrongStateError, match="has ended already: it is cancelled"):
+            await registry.cancel(operation)
+
+
+async def test_what_cannot_be_called_off_goes_on() -> None:
+    host = FakeHost()
+    async with host.registry() as registry:
+        await (await registry.load("A"))
+        host.engine("A").may_close.clear()
+        operation = await registry.unload("A")
+        with pytest.raises(WrongStateError, match="is being ended already"):
+            await registry.cancel(operation)
+        assert operation.state == "running"
+        host.engine("A").may_close.set()
+        await operation
 
 
 async def test_what_goes_on_when_the_server_ends_has_failed() -> None:

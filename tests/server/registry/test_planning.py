@@ -105,9 +105,9 @@ def test_larger_than_the_budget_minus_pins_evicts_nobody() -> None:
 
 def test_leaked_bytes_are_as_good_as_pinned() -> None:
     driver = Driver()
-    driver.load_idle(A, size(60))
+    driver.load_idle(A, size(20))
     driver.patch(A, ttl_s=0.0)
-    driver.gone(A, leaked=20)
+    driver.gone(A, lost=True)
     assert _plan(driver, B, size(81)).verdict is Verdict.NEVER
     assert _plan(driver, B, size(80)).verdict is Verdict.NOW
 

@@ -21,7 +21,6 @@ from memory_efficient_gpt_server.registry.events import (
     Left,
     Loaded,
     LoadFailed,
-    Measured,
     WorkerDied,
 )
 from memory_efficient_gpt_server.registry.ledger import Budget
@@ -248,8 +247,9 @@ def test_a_worker_that_keeps_dying_is_left_alone() -> None:
 
 def test_the_next_load_reserves_what_the_last_one_took() -> None:
     driver = Driver(ttl_s=10.0)
-    driver.load_idle(A, size(60))
-    driver.feed(Measured(A, size(70)))
+    lease = driver.ask(A, size(60))
+    driver.feed(Loaded(A, size(70)))
+    driver.feed(LeaseReleased(lease, A))
     assert driver.used() == 70
     driver.tick(10.0)
     driver.gone(A)

@@ -48,16 +48,16 @@ def test_an_idle_model_goes_and_its_bytes_are_used_only_when_its_process_is_gone
     assert driver.gone(A) == (StartLoad(B, size()),)
 
 
-def test_a_leak_makes_room_for_less() -> None:
+def test_a_process_that_cannot_be_ended_makes_no_room_until_it_is_gone() -> None:
     driver = Driver()
     driver.load_idle(A)
     driver.ask(B, size(90))
-    driver.gone(A, leaked=20)
+    driver.gone(A, lost=True)
     assert driver.only(Refuse).kind is RefusalKind.INSUFFICIENT_MEMORY
-    driver.ask(B, size(80))
-    assert driver.only(StartLoad).key == B
+    driver.ask(B, size(40))
+    assert driver.only(StartLoad).key == B and driver.used() == 100
     driver.feed(LeaksCleared(A))
-    assert driver.used() == 80
+    assert driver.used() == 40
 
 
 def test_a_stream_is_never_cut_by_an_eviction() -> None:

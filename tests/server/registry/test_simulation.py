@@ -22,7 +22,14 @@ def test_random_lives_break_no_rule_and_reach_what_they_should() -> None:
         except Exception as error:
             error.add_note(f"python -m tests.server.registry.simulation --replay {seed}")
             raise
-    for rare in ("StartWake", "GrowKv", "MoveKv", "aborted: drain_deadline", "refused: churn_limited"):
+    for rare in (
+        "refused: cancelled",
+        "StartWake",
+        "GrowKv",
+        "MoveKv",
+        "aborted: drain_deadline",
+        "refused: churn_limited",
+    ):
         assert counts[rare] > 0, f"the simulation never comes to {rare}"
     assert counts["drained for another model"] > 50
     assert counts["overcommitted"] > 20
@@ -53,8 +60,8 @@ def test_a_registry_that_does_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch
 _real_gone = Draft.gone
 
 
-def _gone_without_leaks(self: Draft, record: VariantRecord, leaked: dict[str, int]) -> None:
-    _real_gone(self, record, {})
+def _gone_without_leaks(self: Draft, record: VariantRecord, *, lost: bool) -> None:
+    _real_gone(self, record, lost=False)
 
 
 def _noticed(words: str) -> bool:
