@@ -6,6 +6,8 @@ Invariant: keys and values are random and lie in shuffled blocks; times are insi
 
     python -m benchmarks.attention_gpu --out attention.json        needs a CUDA device; about a minute
     python -m benchmarks.attention_gpu --out sweep.json --sweep    other sizes of launches, too
+    python -m benchmarks.attention_gpu --out splits.json --splits  lengths of splits when decoding; a minute
+    python -m benchmarks.attention_gpu --out fixed.json --deterministic    what fixed orders of sums cost
 
 8 KV heads of 4 query heads each, heads of 128, blocks of 64 tokens: a layer of an 8B Llama.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +35,11 @@ from memory_efficient_gpt.triton_kernels.attention_launch import LaunchSizes
 
 KV_HEADS, GROUP, DIM, BLOCK = 8, 4, 128, 64
 DECODE: Final = [(b, c) for b in (1, 16, 128) for c in (1024, 8192, 65536) if b * c <= 16 * 65536]
+SPLITS: Final = (128, 256, 512, 1024)
+SPLIT_ROWS: Final = (1, 16, 32, 64, 128, 256)
+SPLIT_CONTEXTS: Final = (512, 1024, 2048, 8192, 0)
+"""0: lengths of 100 to 2,000, evenly spread."""
+SPLIT_MOST_TOKENS: Final = 256 * 2048
 PROMPTS: Final = [(1, 512), (8, 512), (1, 2048), (1, 8192)]
 DECODE_SIZES: Final = [
     LaunchSizes(16, tile, warps, stages)
@@ -48,10 +56,10 @@ PROMPT_SIZES: Final = [
 ]
 
 
-def make_cache(tokens: int, dtype: torch.dtype) -> LayerCache:
+def make_cache(tokens: int, dtype: torch.dtype, group: int = GROUP) -> LayerCache:
     """Random keys and values of so many tokens, with scales where the dtype has them."""
     shape = (tokens // BLOCK + 1, BLOCK, KV_HEADS, DIM)
-    spec = LayerKV("layer", KV_HEADS, DIM, DIM, KV_HEADS * GROUP)
+    spec = LayerKV("layer", KV_HEADS, DIM, DIM, KV_HEADS * group)
     if dtype is torch.bfloat16:
         key, value = (torch.randn(shape, dtype=dtype, device="cuda") for _ in range(2))
         return LayerCache(spec, key, value)
@@ -62,7 +70,7 @@ def make_cache(tokens: int, dtype: torch.dtype) -> LayerCache:
 
 def make_step(query_lens: list[int], context_lens: list[int], blocks: int) -> StepContext:
     """Rows over shuffled blocks; rows share blocks where there are not enough."""
-    width = max(context_lens) // BLOCK
+    width = -(-max(context_lens) // BLOCK)
     order = torch.randperm(max(blocks, 1), device="cuda").int() + 1
     places = torch.arange(len(query_lens) * width, device="cuda") % blocks
     starts = torch.tensor([0, *query_lens]).cumsum(0).int().cuda()
@@ -75,7 +83,9 @@ def make_step(query_lens: list[int], context_lens: list[int], blocks: int) -> St
     )  # fmt: skip
 
 
-def decode_us(batch: int, context: int, dtype: torch.dtype, sizes: LaunchSizes | None = None) -> float:
+def decode_us(
+    batch: int, context: int, dtype: torch.dtype, sizes: LaunchSizes | None = None, *, fixed: bool = False
+) -> float:
     """One layer's decoding attention; several caches in turn, so that none stays in the L2 cache."""
     tokens = batch * context
     copies = max(1, min(8, (1 << 28) // (tokens * 2 * KV_HEADS * DIM)))
@@ -87,19 +97,89 @@ def decode_us(batch: int, context: int, dtype: torch.dtype, sizes: LaunchSizes |
 
     def call(cache: LayerCache) -> Callable[[], None]:
         return lambda: attention_launch.decode_rows(
-            query, cache, step, options, out, batch, context, "ieee", sizes
+            query, cache, step, options, out, batch, context, "ieee", sizes, fixed=fixed
         )
 
     return graph_us([call(cache) for cache in caches])
 
 
-def prompt_us(batch: int, length: int, dtype: torch.dtype, sizes: LaunchSizes | None = None) -> float:
+def split_times(rows: int, context: int, dtype: torch.dtype, group: int) -> dict[int, float]:
+    """Microseconds of one layer's decoding attention by the least length of splits."""
+    lens = [context] * rows if context else [100 + 1900 * n // max(1, rows - 1) for n in range(rows)]
+    tokens = -(-max(lens) // BLOCK) * BLOCK * rows
+    copies = max(1, min(4, (1 << 28) // (tokens * 2 * KV_HEADS * DIM)))
+    caches = [make_cache(tokens, dtype, group) for _ in range(copies)]
+    step = make_step([1] * rows, lens, tokens // BLOCK)
+    query = torch.randn((rows, KV_HEADS * group, DIM), dtype=torch.bfloat16, device="cuda")
+    out = torch.empty_like(query)
+    options = AttentionOptions(DIM**-0.5)
+
+    def call(cache: LayerCache, least: int) -> Callable[[], None]:
+        return lambda: attention_launch.decode_rows(
+            query, cache, step, options, out, rows, max(lens), "ieee", least=least
+        )
+
+    return {least: graph_us([call(cache, least) for cache in caches], replays=5) for least in SPLITS}
+
+
+def sweep_splits(save: Callable[[dict[str, Any]], None]) -> None:
+    """Which least length of splits suits a step: for `attention_launch.SPLITS_OF_HEADS`."""
+    results: dict[str, Any] = {}
+    for dtype in (torch.bfloat16, torch.int8):
+        for group in (2, 4):
+            for rows in SPLIT_ROWS:
+                for context in SPLIT_CONTEXTS:
+                    if rows * context > SPLIT_MOST_TOKENS:
+                        continue
+                    times = split_times(rows, context, dtype, group)
+                    best = min(times, key=lambda least: times[least])
+                    name = f"{dtype} group {group}, {rows} x {context or '100..2000'}"
+                    results[name] = {"us": times, "best": best}
+                    line = " ".join(f"{least}: {time_us:.1f}" for least, time_us in times.items())
+                    Console().print(f"{name:44} {line} us; best {best}")
+            save(results)
+
+
+def compare_deterministic(save: Callable[[dict[str, Any]], None]) -> None:
+    """Attention and one product of an 8B Llama, as they are and with sums in one order."""
+    from memory_efficient_gpt.triton_kernels.layers import TritonKernels
+
+    results: dict[str, Any] = {}
+
+    def note(name: str, usual: float, fixed: float) -> None:
+        results[name] = {"us": usual, "deterministic_us": fixed}
+        Console().print(f"{name:28} {usual:9.1f} us, deterministic {fixed:9.1f} ({fixed / usual:.2f} times)")
+        save(results)
+
+    for batch, length in PROMPTS:
+        usual = prompt_us(batch, length, torch.bfloat16)
+        note(f"prompt {batch} x {length}", usual, prompt_us(batch, length, torch.bfloat16, fixed=True))
+    for rows, context in ((1, 1024), (16, 1024), (128, 1024), (16, 8192)):
+        usual = decode_us(rows, context, torch.bfloat16)
+        note(f"decode {rows} x {context}", usual, decode_us(rows, context, torch.bfloat16, fixed=True))
+    for outputs, inputs in ((6144, 4096), (4096, 14336)):
+        weights = [torch.randn(outputs, inputs, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
+        for rows in (1, 2, 8, 16, 32, 64, 128, 512, 2048, 8192):
+            x = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
+            times = [
+                graph_us([partial(kernels.linear, x, weight) for weight in weights], replays=5)
+                for kernels in (TritonKernels(), TritonKernels(deterministic=True))
+            ]
+            note(f"{outputs} x {inputs}, {rows} rows", *times)
+
+
+def prompt_us(
+    batch: int, length: int, dtype: torch.dtype, sizes: LaunchSizes | None = None, *, fixed: bool = False
+) -> float:
     """One layer's attention of whole prompts."""
     cache = make_cache(batch * length, dtype)
     step = make_step([length] * batch, [length] * batch, batch * length // BLOCK)
     query = torch.randn((batch * length, KV_HEADS * GROUP, DIM), dtype=torch.bfloat16, device="cuda")
     out = torch.empty_like(query)
     options = AttentionOptions(DIM**-0.5)
+    if fixed:
+        launch = attention_launch.fixed_prompt_chunks
+        return graph_us([lambda: launch(query, cache, step, options, out, batch, "ieee")])
     return graph_us(
         [lambda: attention_launch.prompt_chunks(query, cache, step, options, out, batch, "ieee", sizes)]
     )
@@ -187,6 +267,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="the record to write")
     parser.add_argument("--sweep", action="store_true", help="try other sizes of launches")
+    parser.add_argument("--splits", action="store_true", help="try other lengths of splits")
+    parser.add_argument("--deterministic", action="store_true", help="compare with sums in one order")
     parser.add_argument("--commit", default="unknown", help="what is measured, where git can't say")
     arguments = parser.parse_args()
 
@@ -195,7 +277,14 @@ def main() -> None:
                   "results": results}  # fmt: skip
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
-    (sweep if arguments.sweep else measure)(save)
+    what = measure
+    for wanted, other in (
+        (arguments.sweep, sweep),
+        (arguments.splits, sweep_splits),
+        (arguments.deterministic, compare_deterministic),
+    ):
+        what = other if wanted else what
+    what(save)
 
 
 if __name__ == "__main__":

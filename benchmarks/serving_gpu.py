@@ -54,6 +54,8 @@ MODELS: Final[dict[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
     "llama8b-int8kv": ("llama", _LLAMA8B, {"kv_cache_dtype": "int8"}),
     "llama8b-int4": ("llama", _LLAMA8B, {"quantization": "int4-g128"}),
     "llama8b-fp8": ("llama", _LLAMA8B, {"quantization": "fp8-dynamic"}),
+    "llama8b-deterministic": ("llama", _LLAMA8B, {"deterministic": True}),
+    "llama8b-int4-deterministic": ("llama", _LLAMA8B, {"quantization": "int4-g128", "deterministic": True}),
     "qwen06b": ("qwen3", _QWEN06B, {}),
 }
 WORKLOADS: Final = (

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -27,7 +27,7 @@ from memory_efficient_gpt.kv_cache.blocks import BlockAllocator
 from memory_efficient_gpt.kv_cache.building import KVCache, build_cache, keeps_its_size
 from memory_efficient_gpt.kv_cache.geometry import LayerKV
 from memory_efficient_gpt.kv_cache.limit import KVLimit
-from memory_efficient_gpt.kv_cache.pool_size import context_length, kv_dtype
+from memory_efficient_gpt.kv_cache.pool_size import context_length, kv_block_size, kv_dtype
 from memory_efficient_gpt.loading import (
     check_checkpoint,
     eos_token_ids,
@@ -66,6 +66,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+DETERMINISTIC_NOTE: Final = "deterministic: a token's numbers depend on the tokens before it only"
+_DEFERRED: Final[tuple[DeferredKind, ...]] = ("sums", "turns", "head_norms")
+_DEFERRED_ALIKE: Final[tuple[DeferredKind, ...]] = ("sums", "turns")
+"""Those whose joined kernels give the bits of single ones: steps that are not captured join nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +179,7 @@ def build(
 
         notes = (*notes, fuse(model).summary())
     elif device.type == "cuda" and config.native_kernels:
-        notes = (*notes, *_fuse_on_cuda(model, layers, device))
+        notes = (*notes, *_fuse_on_cuda(model, layers, device, deterministic=config.deterministic))
     computed_in = model.dtype
     dtype = kv_dtype(config, computed_in, device)
     backend, reason = choose_backend(
@@ -183,14 +188,24 @@ def build(
         dtype,
         largest_dim=max(max(layer.key_dim, layer.value_dim) for layer in layers),
         native=config.native_kernels,
+        deterministic=config.deterministic,
     )
-    notes = (*notes, reason, *decision.notes, *_batch_dependence(model, backend, device))
+    notes = (*notes, reason, *decision.notes)
     graphs = config.cuda_graphs and backend.name == "triton"
     replays = choose_replays(config, backend)
     defers: frozenset[DeferredKind] = frozenset()
     if graphs and config.native_kernels:
-        defers, note = _try_deferral(model, layers, backend, dtype, device)
+        kinds = _DEFERRED if not config.deterministic else _DEFERRED_ALIKE
+        defers, note = _try_deferral(model, layers, backend, dtype, device, kinds)
         notes = (*notes, note)
+    if config.deterministic:
+        from memory_efficient_gpt.fusion.determinism import require_determinism
+
+        block_size = kv_block_size(config, device)
+        require_determinism(config.model, model, layers, backend, device, dtype, block_size, defers)
+        notes = (*notes, DETERMINISTIC_NOTE)
+    else:
+        notes = (*notes, *_batch_dependence(model, backend, device))
     wanted_len, own_notes = context_length(config, model.config, decision.max_model_len)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading and packing left over is free for the KV cache
@@ -225,18 +240,23 @@ def build(
     return Parts(info, runner, cache.allocator, scheduler_config, overlap, sleepable, cache.limit)
 
 
-def _fuse_on_cuda(model: PreTrainedModel, layers: list[LayerKV], device: torch.device) -> tuple[str, ...]:
+def _fuse_on_cuda(
+    model: PreTrainedModel, layers: list[LayerKV], device: torch.device, *, deterministic: bool
+) -> tuple[str, ...]:
     """Merge products first: what is fused around them is then tried on what will really run."""
     from memory_efficient_gpt.fusion.apply import fuse
     from memory_efficient_gpt.fusion.kernels import kernels_for
     from memory_efficient_gpt.fusion.merge import merge_linears
     from memory_efficient_gpt.fusion.trial_run import packed_logits
 
-    give_triton_kernels(model)
-    kernels = kernels_for(model)
-    multiply = None if isinstance(kernels, Unavailable) else kernels.linear
-    merged = merge_linears(model, lambda: packed_logits(model, layers, device), multiply)
-    return merged.summary(), fuse(model).summary()
+    give_triton_kernels(model, deterministic=deterministic)
+    kernels = kernels_for(model, deterministic=deterministic)
+    own = None if isinstance(kernels, Unavailable) else kernels
+    merged = merge_linears(
+        model, lambda: packed_logits(model, layers, device), own.linear if own is not None else None,
+        deterministic=deterministic,
+    )  # fmt: skip
+    return merged.summary(), fuse(model, own).summary()
 
 
 def _try_deferral(
@@ -245,6 +265,7 @@ def _try_deferral(
     backend: AttentionBackend,
     kv_dtype: torch.dtype,
     device: torch.device,
+    kinds: tuple[DeferredKind, ...],
 ) -> tuple[frozenset[DeferredKind], str]:
     """What may wait for the next call in captured steps, where the host's time is nothing."""
     from memory_efficient_gpt.fusion.deferral_trial import try_deferral
@@ -252,9 +273,7 @@ def _try_deferral(
 
     assert isinstance(backend, TurningBackend), "the Triton backend turns and writes"
     writes = WritesOnly(backend)
-    report = try_deferral(
-        lambda: packed_logits(model, layers, device, writes, kv_dtype), ("sums", "turns", "head_norms")
-    )
+    report = try_deferral(lambda: packed_logits(model, layers, device, writes, kv_dtype), kinds)
     return report.kinds, report.summary()
 
 
@@ -276,6 +295,8 @@ def _build_unpacked(
         notes = (*notes, triton_summary(give_triton_kernels(model)))
     max_len, own_notes = context_length(config, model.config, decision.max_model_len)
     notes = (*notes, *decision.notes, *own_notes)
+    if config.deterministic:
+        notes = (*notes, "deterministic: each sequence is computed alone")
     if config.kv_reserve_bytes is not None:
         notes = (*notes, keeps_its_size("transformers owns it"))
     if config.prefix_cache or config.max_num_seqs > 1:

@@ -41,6 +41,8 @@ class EngineConfig:
     native_kernels: whether own kernels may be used: C++ on CPUs, Triton on CUDA.
     cuda_graphs: whether steps may be captured as CUDA graphs (where attention runs on Triton kernels).
     record_steps: whether decoding steps on a CPU may be recorded and replayed (by the native kernels).
+    deterministic: whether a greedy or seeded request must give the same tokens alone, in any batch, with any
+    chunks of its prompt and with prefix-cache hits; a model that can't is refused. Costs speed on CUDA.
     tier: force "B" (packed paged) or "C" (transformers' own cache); None lets the probe decide.
     """
 
@@ -63,6 +65,7 @@ class EngineConfig:
     native_kernels: bool = True
     cuda_graphs: bool = True
     record_steps: bool = True
+    deterministic: bool = False
     tier: TierName | None = None
     debug_checks: bool = False
 
@@ -80,6 +83,11 @@ class EngineConfig:
         ]
         if self.kv_cache_bytes is not None and self.num_kv_blocks is not None:
             problems.append("kv_cache_bytes and num_kv_blocks both size the KV pool; give one.")
+        if self.deterministic and not self.native_kernels:
+            problems.append(
+                "deterministic needs native_kernels: other libraries' sums depend on the number of rows. "
+                "Leave native_kernels on, or switch deterministic off."
+            )
         if problems:
             raise ConfigError(problems)
 

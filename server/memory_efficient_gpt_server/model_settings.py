@@ -80,6 +80,9 @@ class ModelSettings(BaseModel):
     )
     cuda_graphs: bool = Field(True, description="whether steps may be captured as CUDA graphs")
     record_steps: bool = Field(True, description="whether decoding steps on a CPU may be recorded")
+    deterministic: bool = Field(
+        False, description="same tokens whatever is computed beside a request; refused where it can't be"
+    )
     tier: Literal["B", "C"] | None = Field(None, description="force how it is run; null: the probe decides")
     debug_checks: bool = Field(False, description="check the engine's invariants at every step (slow)")
     load: LoadTime = Field(

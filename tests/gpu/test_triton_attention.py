@@ -99,6 +99,40 @@ def test_a_decoding_row_gives_the_same_bits_alone_and_among_others() -> None:
         )
 
 
+@pytest.mark.parametrize("least", [256, 512, 1024])
+@pytest.mark.parametrize("feature", ["plain", "everything"])
+def test_longer_splits_give_the_same_but_for_rounding(least: int, feature: str) -> None:
+    from memory_efficient_gpt.triton_kernels.attention_launch import decode_rows
+
+    contexts = [700, 33, 4500, 256, 257, 1]
+    step = make_step(TorchBackend(), [1] * 6, contexts, dtype=torch.float32, block_size=64)
+    options = options_for(feature, 4)
+    wanted = expected(step, options)
+    on_device(step)
+    for name in ("sinks", "alibi_slopes"):
+        if (tensor := getattr(options, name)) is not None:
+            object.__setattr__(options, name, tensor.cuda())
+    out = torch.empty_like(step.query)
+    backend = TritonBackend()
+    backend.write(step.key, step.value, step.cache, step.context)
+    decode_rows(step.query, step.cache, step.context, options, out, 6, 4500, "ieee", least=least)
+    assert float((out.double().cpu() - wanted).abs().max()) < 5e-6
+
+
+def test_a_step_of_many_rows_and_heads_gets_the_tables_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from memory_efficient_gpt.triton_kernels import attention_launch
+
+    assert attention_launch.least_split(256, 8) == attention_launch.LEAST_SPLIT
+    monkeypatch.setattr(attention_launch, "SPLITS_OF_HEADS", ((256, 256), (1024, 512)))
+    assert [attention_launch.least_split(rows, 8) for rows in (1, 32, 33, 128, 256)] == [
+        128,
+        128,
+        256,
+        256,
+        512,
+    ]
+
+
 def test_what_it_does_not_take_is_named() -> None:
     device = torch.device("cuda")
     assert obstacle(device, torch.bfloat16, torch.int8, 128) is None

@@ -3,8 +3,9 @@
 Purpose: the attention backend "triton": choose launches, hold their workspace.
 Does not know: models, the scheduler, the kernels' insides.
 Invariant: no host synchronization; a token's output depends on its query and its visible keys and values
-only, not on the batch or the chunking of its prompt but for the order of sums of a chunk's tiles. Which
-kernels are launched, and how, depends on the step's sizes only, so a step can be captured in a CUDA graph.
+only, not on the batch or the chunking of its prompt but for the order of sums of a chunk's tiles, which
+"deterministic" fixes, too. Which kernels are launched, and how, depends on the step's sizes only, so a step
+can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -30,11 +31,18 @@ class TritonBackend:
 
     name = "triton"
 
-    def __init__(self, *, precision: str = "ieee", cudnn_dim: int | None = None) -> None:
+    def __init__(
+        self, *, precision: str = "ieee", cudnn_dim: int | None = None, deterministic: bool = False
+    ) -> None:
         """precision: of products of float32; others have one only. cudnn_dim: of keys and values that
-        whole_prompts.py is used for, None for none."""
+        whole_prompts.py is used for, None for none.
+
+        deterministic: a token's output is the same bits whether it is decoded or part of any chunk; no prompt
+        is for cuDNN then.
+        """
         self._precision = precision
-        self._cudnn_dim = cudnn_dim
+        self._cudnn_dim = None if deterministic else cudnn_dim
+        self._deterministic = deterministic
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, context: StepContext) -> None:
         """Store key `[T, Hkv, Dk]` and value `[T, Hkv, Dv]` at `context.slots`, as the cache holds it."""
@@ -64,7 +72,11 @@ class TritonBackend:
 
         Tokens that belong to no row come out as zeros.
         """
-        from memory_efficient_gpt.triton_kernels.attention_launch import decode_rows, prompt_chunks
+        from memory_efficient_gpt.triton_kernels.attention_launch import (
+            decode_rows,
+            fixed_prompt_chunks,
+            prompt_chunks,
+        )
 
         heads, value_dim = query.shape[1], cache.value.shape[3]
         shape = (query.shape[0], heads, value_dim)
@@ -74,13 +86,16 @@ class TritonBackend:
         lens = context.host_query_lens
         if lens is None or context.max_query_len == 1 or 1 in lens:
             longest = context.max_context_len
-            decode_rows(query, cache, context, options, out, rows, longest, self._precision)
+            decode_rows(
+                query, cache, context, options, out, rows, longest, self._precision, fixed=self._deterministic
+            )
         dim = self._cudnn_dim
         prompts = whole_prompts(context, cache, options, dim) if dim is not None else []
         if prompts:
             attend_whole(query, cache, context, options, out, prompts)
         elif context.max_query_len > 1:
-            prompt_chunks(query, cache, context, options, out, rows, self._precision)
+            launch = fixed_prompt_chunks if self._deterministic else prompt_chunks
+            launch(query, cache, context, options, out, rows, self._precision)
         return out
 
 

@@ -105,9 +105,12 @@ def fuse(model: nn.Module, kernels: LayerKernels | None = None) -> FusionReport:
 
 
 def _give_up_others(module: nn.Module, kernels: LayerKernels) -> None:
-    """Back to the module's own class where it was fused for another device."""
+    """Back to the module's own class where it was fused for another device or promise."""
     held = module.native_kernels if isinstance(module, NativeLayer) else rotary_kernels(module)
-    if held is not None and held.device_type != kernels.device_type:
+    if held is not None and (held.device_type, held.deterministic) != (
+        kernels.device_type,
+        kernels.deterministic,
+    ):
         module.__class__ = type(module).__bases__[-1]
 
 
@@ -159,7 +162,7 @@ def _fuse_quantized(model: nn.Module, kernels: LayerKernels, report: FusionRepor
     if isinstance(kernels, Kernels):
         outcomes, taken = give_kernels(model, kernels), "native"
     else:
-        outcomes, taken = give_triton_kernels(model), "triton"
+        outcomes, taken = give_triton_kernels(model, deterministic=kernels.deterministic), "triton"
     for outcome, count in outcomes.items():
         if outcome == taken:
             report.replaced["quantized"] += count

@@ -19,21 +19,26 @@ from memory_efficient_gpt.native.ops import load_kernels
 from memory_efficient_gpt.triton_kernels.availability import triton_obstacle
 
 
-def kernels_for(model: nn.Module) -> LayerKernels | Unavailable:
-    """Kernels for the device of the model's first weight."""
+def kernels_for(model: nn.Module, *, deterministic: bool = False) -> LayerKernels | Unavailable:
+    """Kernels for the device of the model's first weight.
+
+    deterministic: a row's result may not depend on the number of rows. The CPU's never does.
+    """
     device = device_of(model)
-    return load_kernels() if device.type == "cpu" else triton_layer_kernels(device)
+    if device.type == "cpu":
+        return load_kernels()
+    return triton_layer_kernels(device, deterministic=deterministic)
 
 
-def triton_layer_kernels(device: torch.device) -> LayerKernels | Unavailable:
+def triton_layer_kernels(device: torch.device, *, deterministic: bool = False) -> LayerKernels | Unavailable:
     """Triton's, if they can run on `device`."""
     reason = triton_obstacle(device)
-    return _triton() if reason is None else Unavailable(reason)
+    return _triton(deterministic) if reason is None else Unavailable(reason)
 
 
 @functools.cache
-def _triton() -> LayerKernels:
-    """One object a process: classes of fused layers belong to it."""
+def _triton(deterministic: bool) -> LayerKernels:
+    """One object of each kind a process: classes of fused layers belong to it."""
     from memory_efficient_gpt.triton_kernels.layers import TritonKernels
 
-    return TritonKernels()
+    return TritonKernels(deterministic=deterministic)

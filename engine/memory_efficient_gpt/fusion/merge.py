@@ -59,11 +59,13 @@ class MergeReport:
         return done + (f"; kept apart {kept}" if kept else "")
 
 
-def merge_linears(model: nn.Module, run: Run, multiply: Multiply | None = None) -> MergeReport:
+def merge_linears(
+    model: nn.Module, run: Run, multiply: Multiply | None = None, *, deterministic: bool = False
+) -> MergeReport:
     """Let one product compute linear layers of `model` that get the same input; changes the model in place.
 
     run: see `Run`; it is called at most three times. multiply: how weights that are tensors are multiplied,
-    if not by torch.
+    if not by torch; deterministic: whether a row's result of it never depends on the number of rows.
     Memory: one group's weights, twice, while it is merged;
     on CUDA the old ones of some groups more, until the allocator gives them back.
     Layers that have hooks or adapters, share a weight, or have a `forward` of their own are left alone, and
@@ -83,7 +85,7 @@ def merge_linears(model: nn.Module, run: Run, multiply: Multiply | None = None) 
             report.dropped[f"the forward pass to find them failed ({_said(error)})"] += 1
             logger.warning(report.summary())
             return report
-        merged = list(_merged(groups, multiply, report))
+        merged = list(_merged(groups, multiply, report, deterministic=deterministic))
         reason = _model_difference(serving, [layers for layers, _ in merged])
         for layers, size in merged:
             if reason is None:
@@ -158,7 +160,7 @@ def _is_plain(layer: nn.Linear, owners: Counter[int]) -> bool:
 
 
 def _merged(
-    groups: list[list[_Calls]], multiply: Multiply | None, report: MergeReport
+    groups: list[list[_Calls]], multiply: Multiply | None, report: MergeReport, *, deterministic: bool
 ) -> Iterator[tuple[list[MergedLinear], int]]:
     """Merge group by group; gives the layers of those whose numbers are right, with their count."""
     copied = 0
@@ -171,7 +173,7 @@ def _merged(
         inputs = group[0].inputs
         want = [[layer(x) for x in inputs] for layer in layers]
         copied += sum(map(_weight_bytes, layers))
-        _join(layers, multiply)
+        _join(layers, multiply, deterministic=deterministic)
         merged: list[MergedLinear] = [layer for layer in layers if isinstance(layer, MergedLinear)]
         reason = _difference(inputs, merged, want)
         if reason is None:
@@ -183,14 +185,14 @@ def _merged(
             copied = 0
 
 
-def _join(layers: list[nn.Linear], multiply: Multiply | None) -> None:
+def _join(layers: list[nn.Linear], multiply: Multiply | None, *, deterministic: bool) -> None:
     """Let the layers, which `_obstacle` lets pass, share a product."""
     if packed_of(layers[0]) is not None:
         TritonProduct(layers)
     elif fp8_weight_of(layers[0]) is not None:
         Fp8Product(layers)
     else:
-        DenseProduct(layers, multiply)
+        DenseProduct(layers, multiply, deterministic=deterministic)
 
 
 def _obstacle(layers: list[nn.Linear]) -> str | None:

@@ -43,6 +43,7 @@ class Fp8Product(MergedProduct):
         """layers: in the order in which they are called; `fp8_weight_of` gives a weight `[n, K]` for each."""
         weights = [cast(QuantizedWeight, fp8_weight_of(layer)) for layer in layers]
         super().__init__([weight.num_outputs for weight in weights])
+        self._deterministic = all(cast(QuantizedModule, layer).deterministic for layer in layers)
         biases = [bias.data for layer in layers if (bias := own_parameter(layer, "bias")) is not None]
         self._bias = torch.cat(biases) if biases else None
         self._scales = torch.cat([output_scales(weight) for weight in weights], dim=1)
@@ -70,7 +71,7 @@ class Fp8Product(MergedProduct):
 
     def _multiply(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         if self.mode == "whole":
-            return fp8_linear(x, self._weight, self._bias, self._scales)
+            return self._product(x, self._weight, self._bias, self._scales)
         biases = self._bias.split(self._sizes) if self._bias is not None else [None] * self.layers
         parts = []
         for codes, scales, bias in zip(
@@ -84,5 +85,10 @@ class Fp8Product(MergedProduct):
                 None,
                 self._weight.unit,
             )
-            parts.append(fp8_linear(x, weight, bias, scales))
+            parts.append(self._product(x, weight, bias, scales))
         return torch.cat(parts, dim=-1)
+
+    def _product(
+        self, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, scales: torch.Tensor
+    ) -> torch.Tensor:
+        return fp8_linear(x, weight, bias, scales, deterministic=self._deterministic)

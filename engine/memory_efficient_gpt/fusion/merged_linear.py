@@ -92,11 +92,15 @@ class MergedProduct:
 class DenseProduct(MergedProduct):
     """Of weights that are tensors."""
 
-    def __init__(self, layers: Sequence[nn.Linear], multiply: Multiply | None = None) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Linear], multiply: Multiply | None = None, *, deterministic: bool = False
+    ) -> None:
         """layers: in the order in which they are called; with weights `[n, K]` and biases alike, or none.
-        multiply: how the product is computed where it is one, if not by torch."""
+        multiply: how the product is computed where it is one, if not by torch. deterministic: whether that
+        keeps a row's sums whatever the number of rows."""
         super().__init__([layer.weight.shape[0] for layer in layers])
         self._multiply_whole = multiply
+        self.deterministic = deterministic
         with torch.no_grad():
             weight = torch.cat([layer.weight.data for layer in layers])
             biases = [bias for layer in layers if (bias := own_parameter(layer, "bias")) is not None]

@@ -42,7 +42,10 @@ def packed_of(layer: nn.Linear) -> TritonWeight | None:
 def quantized_obstacle(weights: Sequence[TritonWeight]) -> str | None:
     """Why these can't be one product, or None."""
     first = weights[0]
-    kinds = {(w.code, w.group_size, w.num_inputs, w.offsets is None, w.codes.device) for w in weights}
+    kinds = {
+        (w.code, w.group_size, w.num_inputs, w.offsets is None, w.codes.device, w.deterministic)
+        for w in weights
+    }
     if len(kinds) > 1:
         return "quantized differently"
     if any(w.num_outputs % OUTPUT_MULTIPLE for w in weights):

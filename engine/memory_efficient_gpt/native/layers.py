@@ -27,7 +27,8 @@ DTYPES: Final = (torch.float32, torch.bfloat16)
 class LayerKernels(Protocol):
     """Kernels of one kind of device for the layers between products: the native C++ ones, or Triton's.
 
-    label: what people read. device_type and dtypes: of the tensors they take.
+    label: what people read. device_type and dtypes: of the tensors they take. deterministic: whether a row's
+    result never depends on how many others there are.
     """
 
     @property
@@ -36,6 +37,8 @@ class LayerKernels(Protocol):
     def device_type(self) -> str: ...
     @property
     def dtypes(self) -> frozenset[torch.dtype]: ...
+    @property
+    def deterministic(self) -> bool: ...
 
     def multiplies(self, weight: torch.Tensor) -> bool:
         """Whether `linear` has a kernel for weight `[N, K]`."""

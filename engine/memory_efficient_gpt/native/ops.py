@@ -96,11 +96,13 @@ def _kernels_of(library: NativeLibrary) -> Kernels:
 class Kernels:
     """The library's functions. `isa` is "avx512", "avx2" or "portable". Safe to share between threads.
 
-    num_threads: threads of a call; None follows torch.get_num_threads().
+    num_threads: threads of a call; None follows torch.get_num_threads(). deterministic: a row's result never
+    depends on how many others there are.
     """
 
     num_threads: int | None = None
     device_type: ClassVar[str] = "cpu"
+    deterministic: ClassVar[bool] = True
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset((torch.float32, torch.bfloat16))
 
     def __init__(self, library: NativeLibrary) -> None:

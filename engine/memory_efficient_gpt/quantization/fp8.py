@@ -30,10 +30,13 @@ def fp8_linear(
     weight: QuantizedWeight,
     bias: torch.Tensor | None,
     weight_scales: torch.Tensor | None = None,
+    *,
+    deterministic: bool = False,
 ) -> torch.Tensor:
     """x `[..., K]`, rounded to fp8, times weight `[N, K]` transposed, plus bias: `[..., N]` in x's dtype.
 
-    weight_scales: `output_scales(weight)`, if the caller keeps them.
+    weight_scales: `output_scales(weight)`, if the caller keeps them. deterministic: on a GPU, by one kernel
+    for any number of rows, where `keeps_one_order`.
     """
     rows = x.reshape(-1, weight.num_inputs)
     if not multiplies_fp8(x.device) or torch.is_grad_enabled() or not _fits(rows, weight):
@@ -43,7 +46,10 @@ def fp8_linear(
     weight_scales = output_scales(weight) if weight_scales is None else weight_scales
     if (
         by_kernel
-        and (few := _few_rows_product(codes, scales, weight.codes, weight_scales, bias, x.dtype)) is not None
+        and (
+            few := _few_rows_product(codes, scales, weight.codes, weight_scales, bias, x.dtype, deterministic)
+        )
+        is not None
     ):
         return few.view(*x.shape[:-1], weight.num_outputs)
     result = torch._scaled_mm(
@@ -52,6 +58,18 @@ def fp8_linear(
     )  # fmt: skip
     result = result.to(x.dtype)
     return (result if bias is None else result + bias).view(*x.shape[:-1], weight.num_outputs)
+
+
+def keeps_one_order(weight: QuantizedWeight) -> bool:
+    """Whether `fp8_linear` can be deterministic with such a weight `[N, K]`, for inputs in 16 bits."""
+    device = weight.codes.device
+    if not multiplies_fp8(device) or triton_obstacle(device) is not None:
+        return False
+    from memory_efficient_gpt.triton_kernels.dense import takes
+    from memory_efficient_gpt.triton_kernels.fp8_rows import MOST_INPUTS
+
+    fits = _fits(weight.codes[:1], weight) and weight.num_inputs <= MOST_INPUTS
+    return fits and takes(1, weight.codes, deterministic=True)
 
 
 def output_scales(weight: QuantizedWeight) -> torch.Tensor:
@@ -82,16 +100,16 @@ def _to_fp8_by_kernel(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _few_rows_product(
     codes: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor,
-    bias: torch.Tensor | None, dtype: torch.dtype,
+    bias: torch.Tensor | None, dtype: torch.dtype, deterministic: bool,
 ) -> torch.Tensor | None:  # fmt: skip
     """codes `[M, K]` times weight `[N, K]` transposed and scaled: `[M, N]`; None where torch's product is for
     it, which reads few rows' weights at a third of the memory's speed."""
     from memory_efficient_gpt.triton_kernels.dense import DTYPES, Scales, few_rows_linear, takes
 
-    if dtype not in DTYPES or not takes(len(codes), weight):
+    if dtype not in DTYPES or not takes(len(codes), weight, deterministic=deterministic):
         return None
     own = Scales(scales.view(-1), weight_scales.view(-1))
-    return few_rows_linear(codes, weight, bias, scales=own, dtype=dtype)
+    return few_rows_linear(codes, weight, bias, scales=own, dtype=dtype, deterministic=deterministic)
 
 
 def _rounded(x: torch.Tensor) -> torch.Tensor:

@@ -37,8 +37,11 @@ class QuantizedModule(nn.Module):
     """Mixed into a module's own class; see `hold`. `compute_dtype` is what the weight was before.
 
     The weight is in buffers, or packed: for the native kernels once `use_kernels` was called, for the Triton
-    ones once `use_triton` was.
+    ones once `use_triton` was. deterministic: whether its fp8 product on a GPU may not depend on the number
+    of rows (a packed weight says so itself).
     """
+
+    deterministic: bool = False
 
     scheme: Scheme
     num_inputs: int
@@ -202,7 +205,7 @@ def _multiply_fp8(module: QuantizedModule, x: torch.Tensor, bias: torch.Tensor |
             kept = weight.scales, output_scales(weight)
             vars(module)["kept_scales"] = kept
         scales = kept[1]
-    return fp8_linear(module.arrange(x), weight, bias, scales)
+    return fp8_linear(module.arrange(x), weight, bias, scales, deterministic=module.deterministic)
 
 
 def _multiply_by_triton(

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from memory_efficient_gpt.quantization.fp8 import multiplies_fp8
+from memory_efficient_gpt.quantization.fp8 import keeps_one_order, multiplies_fp8
 from memory_efficient_gpt.quantization.modules import QuantizedModule
 from memory_efficient_gpt.quantization.scheme import Scheme
 from memory_efficient_gpt.quantization.storage import QuantizedWeight, pack_nibbles
@@ -60,8 +61,11 @@ def stored_layout(scheme: Scheme, packed: TritonWeight) -> QuantizedWeight:
     return QuantizedWeight(scheme, packed.num_inputs, codes, scales, offsets, unit)
 
 
-def give_triton_kernels(model: nn.Module) -> Counter[str]:
+def give_triton_kernels(model: nn.Module, *, deterministic: bool = False) -> Counter[str]:
     """Let quantized modules on CUDA devices compute with the Triton kernels.
+
+    deterministic: a row's product may not depend on the number of rows; modules that were packed before keep
+    what they were packed for.
 
     Counts what became of them: "triton", or the reason why torch multiplies.
     A weight shared by two modules is packed once; one module of each scheme and shape is checked against
@@ -73,15 +77,19 @@ def give_triton_kernels(model: nn.Module) -> Counter[str]:
     for module in model.modules():
         if not isinstance(module, QuantizedModule):
             continue
+        module.deterministic = deterministic
         if module.packed_weight is not None:
             outcome["triton"] += isinstance(module.packed_weight, TritonWeight)
             continue
         weight = module.quantized_weight
+        if deterministic and weight.scheme.dynamic and keeps_one_order(weight):
+            outcome["triton"] += 1  # for any number of rows, with the weight as it is
+            continue
         reason = _obstacle(weight)
         if reason is None:
             key = weight.codes.data_ptr()
             if key not in packed:  # the weight is kept, so that no other one gets its address
-                packed[key] = weight, pack_for_triton(weight)
+                packed[key] = weight, replace(pack_for_triton(weight), deterministic=deterministic)
             case = (weight.scheme, *weight.codes.shape)
             if case not in checked:
                 checked[case] = _difference(*packed[key])

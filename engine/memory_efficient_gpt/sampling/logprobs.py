@@ -3,7 +3,7 @@
 Purpose: logprobs and prompt_logprobs, as tensors and then as plain data.
 Does not know: sampling parameters other than how many alternatives are wanted.
 Invariant: they are of the model's own distribution, log softmax of its raw logits, whatever bias, penalties,
-temperature or filters chose the token.
+temperature or filters chose the token; a row's are the same bits beside any others.
 
 Letters: L rows, V vocabulary, K alternatives.
 """
@@ -21,7 +21,7 @@ from memory_efficient_gpt.request import TokenLogprob
 LEAST_LOGPROB: Final = -9999.0
 """Stands for the logarithm of zero, which JSON cannot express."""
 
-_MAX_ELEMENTS: Final = 1 << 24  # bounds the float32 copy made of a long prompt's logits
+_MAX_ELEMENTS: Final = 1 << 22  # bounds the copies made of a long prompt's logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,10 @@ class LogprobTensors:
 def gather_logprobs(logits: torch.Tensor, ids: torch.Tensor, k: int) -> LogprobTensors:
     """Logprobs of `ids [L]` and of the k likeliest tokens under raw logits `[L, V]` (any float dtype)."""
     logits = logits.float()
-    norm = logits.logsumexp(-1, keepdim=True)
+    norm = _log_sum_exp(logits)
     chosen = (logits.gather(1, ids[:, None]) - norm).squeeze(1)
-    top, top_ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    top_ids = _likeliest(logits, min(k, logits.shape[-1]))
+    top = logits.gather(1, top_ids)
     return LogprobTensors(
         ids=ids,
         logprobs=chosen.clamp_(min=LEAST_LOGPROB),
@@ -85,6 +86,30 @@ def prompt_logprobs(logits: torch.Tensor, target_ids: torch.Tensor, k: int) -> L
         top_ids=torch.cat([part.top_ids for part in parts]),
         top_logprobs=torch.cat([part.top_logprobs for part in parts]),
     )
+
+
+def _likeliest(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Ids `[L, k] int64` of the largest of `[L, V] float32`, in falling order; of equals the lower id, where
+    torch's choice depends on what else is asked for."""
+    bits = (logits + 0.0).view(torch.int32)
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # in the order of the numbers
+    last = logits.shape[1] - 1
+    keys = bits.long().bitwise_left_shift_(32)
+    keys += last - torch.arange(last + 1, device=logits.device)
+    return last - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
+
+
+def _log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+    """Of each row of `[L, V] float32`: `[L, 1]`; halves are added to halves, since torch's order of a sum
+    depends on the number of rows."""
+    top = logits.amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0.0)
+    parts = (logits - top).exp_()
+    while (width := parts.shape[1]) > 1:
+        half = (width + 1) // 2
+        parts[:, : width - half] += parts[:, half:]
+        parts = parts[:, :half]
+    return parts.log() + top
 
 
 def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,28 +2,40 @@
 
 Purpose: from tensors to kernels.
 Does not know: which launches a step needs (attention/triton.py).
-Invariant: tile sizes depend on head sizes and dtypes only, never on the step.
+Invariant: tile sizes depend on head sizes and dtypes only, never on the step; splits also on how many rows a
+step has, but where sums must not depend on it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 import torch
 import triton
 
 from memory_efficient_gpt.triton_kernels.availability import overlap_options
+from memory_efficient_gpt.triton_kernels.fixed_attention import fixed_prompt_kernel
 from memory_efficient_gpt.triton_kernels.paged_attention import (
     join_splits_kernel,
     paged_attention_kernel,
     write_kv_kernel,
 )
 
+READS_AHEAD: Final = False
+"""Whether decoding kernels read lengths and block numbers before the kernel before has ended. It takes more
+registers, and was not measured yet."""
 LEAST_SPLIT: Final = 128
 MOST_SPLITS: Final = 32
 """A decoding row is walked in splits of LEAST_SPLIT keys, of longer ones (doubled) if these are too many. It
 depends on the row alone, so that its sums don't depend on the batch."""
+SPLITS_OF_HEADS: Final[tuple[tuple[int, int], ...]] = ()
+"""Where a step has more than so many rows times KV heads, splits are at least so long instead, in rising
+order: programs of short splits spend much of their time before their first key. What was measured as faster
+(`python -m benchmarks.attention_gpu --splits`) belongs here; rows of equal padded steps get equal splits."""
+_FIXED_ROWS: Final = 32
+_WIDE_ROWS: Final = 64
+"""Queries from which tensor cores' larger products are used, which may add in another order."""
 
 
 class Cache(Protocol):
@@ -82,25 +94,50 @@ def prompt_sizes(query: torch.Tensor, group: int, value_dim: int) -> LaunchSizes
     return LaunchSizes(rows, 32 if wide else 64, warps=8 if rows >= 128 else 4, stages=2)
 
 
+def fixed_sizes(query: torch.Tensor, group: int, value_dim: int, *, quantized: bool) -> LaunchSizes:
+    """For tokens of prompts whose sums are those of decoding rows: the same tiles of keys."""
+    decode = decode_sizes(query, group, value_dim, quantized=quantized)
+    return LaunchSizes(max(_FIXED_ROWS, decode.rows), decode.tile, warps=4, stages=2)
+
+
+def least_split(rows: int, heads: int) -> int:
+    """Keys of the shortest splits of a step with so many decoding rows."""
+    least = LEAST_SPLIT
+    for pairs, length in SPLITS_OF_HEADS:
+        if rows * heads > pairs:
+            least = length
+    return least
+
+
 def decode_rows(
     query: torch.Tensor, cache: Cache, step: Step, options: Options, out: torch.Tensor, rows: int,
-    max_context: int, precision: str, sizes: LaunchSizes | None = None,
+    max_context: int, precision: str, sizes: LaunchSizes | None = None, *, fixed: bool = False,
+    least: int | None = None,
 ) -> None:  # fmt: skip
-    """Outputs of the rows with one query token. sizes: instead of the usual ones (benchmarks)."""
+    """Outputs of the rows with one query token. sizes and least: instead of the usual ones (benchmarks).
+
+    fixed: sums are those of `fixed_prompt_chunks`, whatever else is in the step.
+    """
     heads, group, value_dim = _heads(query, cache)
-    splits = max(1, min(MOST_SPLITS, -(-max_context // LEAST_SPLIT)))
+    least = least or (LEAST_SPLIT if fixed else least_split(rows, heads))
+    splits = max(1, min(MOST_SPLITS, -(-max_context // least)))
     partial = torch.empty(
         (rows, heads, splits, group, value_dim + 2), dtype=torch.float32, device=query.device
     )
     sizes = sizes or decode_sizes(query, group, value_dim, quantized=cache.key_scale is not None)
-    _attend((rows, heads, splits), query, cache, step, options, out, partial, rows, sizes, True, precision)
+    if fixed and sizes.rows >= _WIDE_ROWS:
+        sizes = replace(sizes, warps=4)
+    _attend(
+        (rows, heads, splits), query, cache, step, options, out, partial, rows, sizes, precision, decode=True,
+        fixed=fixed, least=least,
+    )  # fmt: skip
     window = options.window or 0
     with _device(query):
         join_splits_kernel[(rows, heads * group)](
             partial, step.query_starts, step.context_lens, _or(options.sinks, query), out, splits, window,
-            H=heads, G=group, DV=value_dim, PV=triton.next_power_of_2(value_dim), LEAST=LEAST_SPLIT,
+            H=heads, G=group, DV=value_dim, PV=triton.next_power_of_2(value_dim), LEAST=least,
             MOST=MOST_SPLITS, has_sinks=options.sinks is not None, num_warps=1 if value_dim <= 64 else 2,
-            **overlap_options(query.device),
+            enable_fp_fusion=not fixed, ahead=READS_AHEAD, **overlap_options(query.device),
         )  # fmt: skip
 
 
@@ -112,7 +149,28 @@ def prompt_chunks(
     heads, group, value_dim = _heads(query, cache)
     sizes = sizes or prompt_sizes(query, group, value_dim)
     grid = (query.shape[0] // (sizes.rows // group) + rows, heads, 1)
-    _attend(grid, query, cache, step, options, out, out, rows, sizes, False, precision)
+    _attend(
+        grid, query, cache, step, options, out, out, rows, sizes, precision, decode=False, fixed=False,
+        least=LEAST_SPLIT,
+    )  # fmt: skip
+
+
+def fixed_prompt_chunks(
+    query: torch.Tensor, cache: Cache, step: Step, options: Options, out: torch.Tensor, rows: int,
+    precision: str,
+) -> None:  # fmt: skip
+    """As `prompt_chunks`; each token's output has the bits that `decode_rows` (fixed) gives it."""
+    heads, group, value_dim = _heads(query, cache)
+    sizes = fixed_sizes(query, group, value_dim, quantized=cache.key_scale is not None)
+    grid = (query.shape[0] // (sizes.rows // group) + rows, heads)
+    query = _rows_contiguous(query)
+    with _device(query):
+        fixed_prompt_kernel[grid](
+            *_tensors(query, cache, step, options, out), *_numbers(query, step, options, rows),
+            **_constants(query, cache, options, sizes, LEAST_SPLIT), precision=precision,
+            num_warps=sizes.warps, num_stages=sizes.stages, enable_fp_fusion=False,
+            **overlap_options(query.device),
+        )  # fmt: skip
 
 
 def write_kv(
@@ -136,24 +194,48 @@ def write_kv(
 
 def _attend(
     grid: tuple[int, int, int], query: torch.Tensor, cache: Cache, step: Step, options: Options,
-    out: torch.Tensor, partial: torch.Tensor, rows: int, sizes: LaunchSizes, decode: bool, precision: str,
+    out: torch.Tensor, partial: torch.Tensor, rows: int, sizes: LaunchSizes, precision: str, *, decode: bool,
+    fixed: bool, least: int,
 ) -> None:  # fmt: skip
-    heads, group, value_dim = _heads(query, cache)
     query = _rows_contiguous(query)
     with _device(query):
         paged_attention_kernel[grid](
-            query, cache.key, cache.value, _or(cache.key_scale, query), _or(cache.value_scale, query),
-            step.block_tables, step.query_starts, step.context_lens, _or(options.sinks, query),
-            _or(options.alibi_slopes, query), out, partial, query.stride(0), query.stride(1), rows,
-            step.block_tables.stride(0), options.scale, options.softcap or 1.0, options.window or 0, H=heads,
-            G=group, BS=cache.key.shape[1], DK=query.shape[2], DV=value_dim,
-            PK=max(16, triton.next_power_of_2(query.shape[2])),
-            PV=max(16, triton.next_power_of_2(value_dim)), BM=sizes.rows, TILE=sizes.tile, LEAST=LEAST_SPLIT,
-            MOST=MOST_SPLITS, quantized=cache.key_scale is not None, has_sinks=options.sinks is not None,
-            has_slopes=options.alibi_slopes is not None, has_softcap=options.softcap is not None,
-            decode=decode, precision=precision, num_warps=sizes.warps, num_stages=sizes.stages,
-            **overlap_options(query.device),
+            *_tensors(query, cache, step, options, out), partial, *_numbers(query, step, options, rows),
+            **_constants(query, cache, options, sizes, least), decode=decode, precision=precision,
+            fixed=fixed, num_warps=sizes.warps, num_stages=sizes.stages,
+            enable_fp_fusion=not fixed,  # which operations are fused may differ between kernels
+            ahead=READS_AHEAD, **overlap_options(query.device),
         )  # fmt: skip
+
+
+def _tensors(
+    query: torch.Tensor, cache: Cache, step: Step, options: Options, out: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return (
+        query, cache.key, cache.value, _or(cache.key_scale, query), _or(cache.value_scale, query),
+        step.block_tables, step.query_starts, step.context_lens, _or(options.sinks, query),
+        _or(options.alibi_slopes, query), out,
+    )  # fmt: skip
+
+
+def _numbers(query: torch.Tensor, step: Step, options: Options, rows: int) -> tuple[float, ...]:
+    return (
+        query.stride(0), query.stride(1), rows, step.block_tables.stride(0), options.scale,
+        options.softcap or 1.0, options.window or 0,
+    )  # fmt: skip
+
+
+def _constants(
+    query: torch.Tensor, cache: Cache, options: Options, sizes: LaunchSizes, least: int
+) -> dict[str, Any]:
+    heads, group, value_dim = _heads(query, cache)
+    return dict(
+        H=heads, G=group, BS=cache.key.shape[1], DK=query.shape[2], DV=value_dim,
+        PK=max(16, triton.next_power_of_2(query.shape[2])), PV=max(16, triton.next_power_of_2(value_dim)),
+        BM=sizes.rows, TILE=sizes.tile, LEAST=least, MOST=MOST_SPLITS, quantized=cache.key_scale is not None,
+        has_sinks=options.sinks is not None, has_slopes=options.alibi_slopes is not None,
+        has_softcap=options.softcap is not None,
+    )  # fmt: skip
 
 
 def _heads(query: torch.Tensor, cache: Cache) -> tuple[int, int, int]:

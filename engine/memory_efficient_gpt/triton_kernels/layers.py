@@ -42,11 +42,17 @@ class Sum(Protocol):
 
 
 class TritonKernels:
-    """The kernels of one process; it has no state. Tensors must be on one CUDA device."""
+    """The kernels of one process. Tensors must be on one CUDA device.
+
+    deterministic: whether a row's product may not depend on the number of rows; all else never does.
+    """
 
     label: ClassVar[str] = "Triton kernels"
     device_type: ClassVar[str] = "cuda"
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+    def __init__(self, *, deterministic: bool = False) -> None:
+        self.deterministic: Final = deterministic
 
     def __deepcopy__(self, memo: dict[int, object]) -> TritonKernels:
         """Itself: there is nothing to copy."""
@@ -54,12 +60,14 @@ class TritonKernels:
 
     def multiplies(self, weight: torch.Tensor) -> bool:
         """Whether `linear` has a kernel for weight `[N, K]`, for some numbers of rows."""
-        return weight.dtype in DTYPES and takes(1, weight)
+        return weight.dtype in DTYPES and takes(1, weight, deterministic=self.deterministic)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x `[..., K]` times weight `[N, K]` transposed plus bias `[N]`: by our kernel where it is ahead."""
-        if x.dtype is weight.dtype and takes(x.numel() // max(1, x.shape[-1]), weight):
-            return few_rows_linear(x, weight, bias)
+        """x `[..., K]` times weight `[N, K]` transposed plus bias `[N]`: by our kernel where it is ahead, or
+        deterministic."""
+        rows, fixed = x.numel() // max(1, x.shape[-1]), self.deterministic
+        if x.dtype is weight.dtype and takes(rows, weight, deterministic=fixed):
+            return few_rows_linear(x, weight, bias, deterministic=fixed)
         return functional.linear(x, weight, bias)
 
     def rms_norm(

@@ -22,7 +22,7 @@ from memory_efficient_gpt.triton_kernels.dequantize import dequantize_kernel
 from memory_efficient_gpt.triton_kernels.few_rows import few_rows_kernel
 from memory_efficient_gpt.triton_kernels.matmul import quantized_matmul_kernel
 from memory_efficient_gpt.triton_kernels.packing import SPAN, TritonWeight, contiguous
-from memory_efficient_gpt.triton_kernels.tiles import Tile, choose_tile
+from memory_efficient_gpt.triton_kernels.tiles import Tile, choose_tile, fixed_tile
 
 DTYPES: Final = (torch.bfloat16, torch.float16)
 """Of x, for the fused kernel; other ones are multiplied densely."""
@@ -47,7 +47,8 @@ def quantized_linear(
 ) -> torch.Tensor:
     """x `[..., K]` times the weight transposed, plus bias `[N]`: `[..., N]` in x's dtype.
 
-    tile: what to use instead of the table's choice (benchmarks and tests).
+    tile: what to use instead of the table's choice (benchmarks and tests). A weight that is deterministic
+    takes x in 16 bits only.
     """
     rows = x.reshape(-1, weight.num_inputs)
     weight = weight if weight.codes.is_contiguous() else contiguous(weight)
@@ -78,6 +79,8 @@ def dequantize(weight: TritonWeight, dtype: torch.dtype, rows: torch.Tensor | No
 
 def _tile(weight: TritonWeight, rows: int, device: torch.device) -> Tile | None:
     major, processors = _processor(device)
+    if weight.deterministic:
+        return fixed_tile(weight.num_outputs, rows, major=major)
     return choose_tile(
         weight.code, weight.group_size, weight.num_outputs, weight.num_inputs, rows,
         major=major, processors=processors,
@@ -109,6 +112,7 @@ def _launch(rows: torch.Tensor, weight: TritonWeight, bias: torch.Tensor | None,
         code=weight.code, group=weight.group_size or 0, asymmetric=weight.offsets is not None,
         has_bias=bias is not None, even_k=k % SPAN == 0, splits=splits, BN=tile.outputs, BM=tile.rows,
         num_warps=tile.warps, num_stages=tile.stages,
+        enable_fp_fusion=not weight.deterministic,  # compilers may fuse otherwise in another tile
         **overlap_options(rows.device),
     )  # fmt: skip
     with torch.cuda.device(rows.device):

@@ -2,8 +2,10 @@
 
 Purpose: wait for the kernel before; fetch weights, which no kernel writes, into the L2 cache meanwhile.
 Does not know: what is computed.
-Invariant: nothing that another kernel may write is read, and nothing is written, before `follow` or `begin`
-returns.
+Invariant: nothing that another kernel of a layer may write is read, and nothing is written, before `follow`,
+`begin` or `wait` returns. What a step's layers only read (where sequences begin, how long they are, where
+their blocks are) is there before the step's first kernel of ours starts: a kernel that does not begin early,
+such as torch's look-up of embeddings, comes between.
 
 A kernel lets the next one start by `gdc_launch_dependents`: small ones at once; those that keep the memory
 busy at their end only, since programs that start among theirs would be spread unevenly.
@@ -32,6 +34,20 @@ _PIECE = """
     add.u32 w, w, $5;
 """
 _PREFETCH = tl.constexpr(_LANES + 4 * _PIECE + "    mov.u32 $0, 0;\n}")
+
+
+@triton.jit
+def let_next_begin(early: tl.constexpr):
+    """The next kernel may start. early: this one was launched while the one before still runs."""
+    if early:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait(early: tl.constexpr):
+    """For the kernel before, and so for what it wrote."""
+    if early:
+        gdc_wait()
 
 
 @triton.jit

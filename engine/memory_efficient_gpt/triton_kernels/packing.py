@@ -34,7 +34,8 @@ class TritonWeight:
 
     codes `[S, P, 32 or 64] int16`; scales and offsets (None: symmetric) `[G, P] float16`, G = 1 for one scale
     an output; weight = unit * (scale * code - offset), without offset: unit * scale * (code - middle), for
-    fp8: unit * scale * code. group_size: inputs that share a scale, None for all of them.
+    fp8: unit * scale * code. group_size: inputs that share a scale, None for all of them. deterministic:
+    a row's product with it may not depend on the number of rows.
     """
 
     code: Code
@@ -45,6 +46,7 @@ class TritonWeight:
     num_outputs: int
     num_inputs: int
     group_size: int | None
+    deterministic: bool = False
 
     @property
     def num_bytes(self) -> int:

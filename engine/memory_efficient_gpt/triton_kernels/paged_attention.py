@@ -18,15 +18,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memory_efficient_gpt.triton_kernels.overlap import follow
+from memory_efficient_gpt.triton_kernels.overlap import follow, let_next_begin, wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NEVER = tl.constexpr(-1.0e30)
 """A logit that counts nothing; -inf would make NaN of rows that see no key in a tile."""
+ONES = tl.constexpr(16)
+"""Columns of ones: the fewest that tensor cores take in any dtype."""
 
 
 @triton.jit
-def _find_sequence(query_starts, place, sequences, BQ: tl.constexpr):
+def find_sequence(query_starts, place, sequences, BQ: tl.constexpr):
     """The sequence whose tile is number `place`, where those of sequence s begin at start // BQ + s."""
     low = 0
     high = sequences
@@ -41,7 +43,7 @@ def _find_sequence(query_starts, place, sequences, BQ: tl.constexpr):
 
 
 @triton.jit
-def _split_size(context, LEAST: tl.constexpr, MOST: tl.constexpr):
+def split_size(context, LEAST: tl.constexpr, MOST: tl.constexpr):
     """Keys of one split of a row with so many: LEAST times a power of two, so that there are at most MOST."""
     size = LEAST
     while size * MOST < context:
@@ -50,26 +52,35 @@ def _split_size(context, LEAST: tl.constexpr, MOST: tl.constexpr):
 
 
 @triton.jit
-def _walk(
-    m, weight, total, q, first, last, position, slope, factor, softcap, window, table, head, keys, values,
-    key_scales, value_scales, dk, dv, H: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+def walk(
+    m, weight, total, block, q, first, last, end, position, slope, factor, softcap, window, table, head, keys,
+    values, key_scales, value_scales, dk, dv,
+    H: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     TILE: tl.constexpr, aligned: tl.constexpr, quantized: tl.constexpr, has_slopes: tl.constexpr,
-    has_softcap: tl.constexpr, masked: tl.constexpr, precision: tl.constexpr,
+    has_softcap: tl.constexpr, masked: tl.constexpr, precision: tl.constexpr, fixed: tl.constexpr,
+    ahead: tl.constexpr,
 ):  # fmt: skip
     """One online softmax step for each tile of keys in first .. last; masked: not every query sees all.
 
-    aligned: a tile lies within one block.
+    aligned: a tile lies within one block. fixed: shares are summed by tensor cores, in an order that does not
+    follow from the shape of the tile; weight is then `[BM, ONES]`, alike in each column. ahead: the number of
+    a tile's block is loaded one tile earlier. block: then the first tile's, where aligned; given back for the
+    tile after the last one, if that is before `end`.
     """
+    ones = tl.full([TILE, ONES], 1.0, tl.float32).to(q.dtype)
     for at in range(first, last, TILE):
         key_position = at + tl.arange(0, TILE)
         exists = key_position < last
-        if aligned:
-            block = tl.load(table + at // BS).to(tl.int64)
+        if aligned and ahead:  # keys wait for the number of their block
+            own = block.to(tl.int64)
+            block = tl.load(table + tl.minimum(at + TILE, end - 1) // BS)
+        elif aligned:
+            own = tl.load(table + at // BS).to(tl.int64)
         elif masked:
-            block = tl.load(table + key_position // BS, mask=exists, other=0).to(tl.int64)
+            own = tl.load(table + key_position // BS, mask=exists, other=0).to(tl.int64)
         else:
-            block = tl.load(table + key_position // BS).to(tl.int64)
-        slot = (block * BS + key_position % BS) * H + head
+            own = tl.load(table + key_position // BS).to(tl.int64)
+        slot = (own * BS + key_position % BS) * H + head
         k_at = keys + slot[None, :] * DK + dk[:, None]
         v_at = values + slot[:, None] * DV + dv[None, :]
         if masked:
@@ -96,7 +107,10 @@ def _walk(
         if masked:
             shares = tl.where(visible, shares, 0.0)
         shrink = tl.exp2(m - higher)
-        weight = weight * shrink + tl.sum(shares, axis=1)
+        if fixed:
+            weight = tl.dot(shares.to(q.dtype), ones, weight * shrink[:, None], input_precision=precision)
+        else:
+            weight = weight * shrink + tl.sum(shares, axis=1)
         if masked:
             v = tl.load(v_at, mask=exists[:, None] & (dv < DV)[None, :], other=0.0)
         else:
@@ -105,7 +119,23 @@ def _walk(
             shares *= tl.load(value_scales + slot, mask=exists, other=0.0)[None, :]
         total = tl.dot(shares.to(q.dtype), v.to(q.dtype), total * shrink[:, None], input_precision=precision)
         m = higher
-    return m, weight, total
+    return m, weight, total, block
+
+
+@triton.jit
+def _keys_of(
+    context, length, offset, window, split, BQ: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr,
+    MOST: tl.constexpr, decode: tl.constexpr,
+):  # fmt: skip
+    """The first key, of a whole tile, that a program's queries see, and the end; offset: of its first query."""
+    lowest = tl.maximum(context - length + offset - window + 1, 0) if window > 0 else 0
+    first = lowest // TILE * TILE
+    last = tl.minimum(context - length + offset + BQ, context)
+    if decode:
+        size = split_size(context, LEAST, MOST)
+        first = tl.maximum(first, split * size)
+        last = tl.minimum(last, (split + 1) * size)
+    return first, last
 
 
 @triton.jit(do_not_specialize=["sequences", "table_stride", "window"])
@@ -115,7 +145,8 @@ def paged_attention_kernel(
     H: tl.constexpr, G: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     PK: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr,
     MOST: tl.constexpr, quantized: tl.constexpr, has_sinks: tl.constexpr, has_slopes: tl.constexpr,
-    has_softcap: tl.constexpr, decode: tl.constexpr, precision: tl.constexpr, early: tl.constexpr,
+    has_softcap: tl.constexpr, decode: tl.constexpr, precision: tl.constexpr, fixed: tl.constexpr,
+    early: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     """decode: grid (S, H, splits), sequences with one query token, into partial; else (T // BQ + S, H, 1) and
     those with more, into out.
@@ -124,20 +155,28 @@ def paged_attention_kernel(
     `[N, BS, H] float32`, block_tables `[S, table_stride] int32`, query_starts `[S + 1] int32`, context_lens
     `[S] int32`, out `[T, Hq, DV]`.
     partial `[S, H, splits, G, DV + 2] float32`: sums, then their weight, then the largest logit (base 2).
-    PK, PV: DK and DV as powers of two. window 0: none.
+    PK, PV: DK and DV as powers of two. window 0: none. fixed: see walk. ahead: what no layer writes is read
+    before the kernel before has ended, too.
     """
-    follow(early)
+    if ahead:
+        let_next_begin(early)
+    else:
+        follow(early)
     BQ: tl.constexpr = 1 if decode else BM // G
     head = tl.program_id(1)
     split = tl.program_id(2)
     place = tl.program_id(0)
-    sequence = place if decode else _find_sequence(query_starts, place, sequences, BQ)
+    sequence = place if decode else find_sequence(query_starts, place, sequences, BQ)
     start = tl.load(query_starts + sequence)
     length = tl.load(query_starts + sequence + 1) - start
     context = tl.load(context_lens + sequence)
     tile = 0 if decode else place - (start // BQ + sequence)
-    wanted = (length == 1) if decode else ((length > 1) & (tile * BQ < length))
-    if wanted:
+    if ahead:
+        table = block_tables + sequence.to(tl.int64) * table_stride
+        first, last = _keys_of(context, length, tile * BQ, window, split, BQ, TILE, LEAST, MOST, decode)
+        block = tl.load(table + tl.maximum(tl.minimum(first, last - 1), 0) // BS)
+        wait(early)  # every program waits, or the next kernel would not
+    if (length == 1) if decode else ((length > 1) & (tile * BQ < length)):
         row = tl.arange(0, BM)
         token = tile * BQ + row // G
         query_head = head * G + row % G
@@ -149,35 +188,34 @@ def paged_attention_kernel(
             query + (start + token).to(tl.int64)[:, None] * token_stride + query_head[:, None] * head_stride
         )
         q = tl.load(q_at + dk[None, :], mask=real[:, None] & (dk < DK)[None, :], other=0.0)
-        lowest = tl.maximum(context - length + tile * BQ - window + 1, 0) if window > 0 else 0
-        first = lowest // TILE * TILE
-        last = tl.minimum(context - length + (tile + 1) * BQ, context)
-        if decode:
-            size = _split_size(context, LEAST, MOST)
-            first = tl.maximum(first, split * size)
-            last = tl.minimum(last, (split + 1) * size)
+        if not ahead:
+            first, last = _keys_of(context, length, tile * BQ, window, split, BQ, TILE, LEAST, MOST, decode)
+            block = first
         # whole tiles that every query of this program sees need no mask
         seen = tl.minimum(last, context - length + tile * BQ + 1)
         whole = first if window > 0 else first + tl.maximum(seen - first, 0) // TILE * TILE
         m = tl.full([BM], NEVER, tl.float32)
-        weight = tl.zeros([BM], tl.float32)
+        weight = tl.zeros([BM, ONES] if fixed else [BM], tl.float32)
         total = tl.zeros([BM, PV], tl.float32)
         slope = tl.zeros([BM], tl.float32)
         if has_slopes:
             slope = tl.load(slopes + query_head, mask=real, other=0.0).to(tl.float32) * LOG2E
         factor = scale if has_softcap else scale * LOG2E
-        table = block_tables + sequence.to(tl.int64) * table_stride
+        if not ahead:
+            table = block_tables + sequence.to(tl.int64) * table_stride
         aligned: tl.constexpr = BS % TILE == 0 and LEAST % TILE == 0
-        m, weight, total = _walk(
-            m, weight, total, q, first, whole, position, slope, factor, softcap, window, table, head, keys,
-            values, key_scales, value_scales, dk, dv, H, BS, DK, DV, TILE, aligned, quantized, has_slopes,
-            has_softcap, False, precision,
+        m, weight, total, block = walk(
+            m, weight, total, block, q, first, whole, last, position, slope, factor, softcap, window, table,
+            head, keys, values, key_scales, value_scales, dk, dv, H, BS, DK, DV, TILE, aligned, quantized,
+            has_slopes, has_softcap, False, precision, fixed, ahead,
         )  # fmt: skip
-        m, weight, total = _walk(
-            m, weight, total, q, whole, last, position, slope, factor, softcap, window, table, head, keys,
-            values, key_scales, value_scales, dk, dv, H, BS, DK, DV, TILE, aligned, quantized, has_slopes,
-            has_softcap, True, precision,
+        m, weight, total, block = walk(
+            m, weight, total, block, q, whole, last, last, position, slope, factor, softcap, window, table,
+            head, keys, values, key_scales, value_scales, dk, dv, H, BS, DK, DV, TILE, aligned, quantized,
+            has_slopes, has_softcap, True, precision, fixed, ahead,
         )  # fmt: skip
+        if fixed:
+            weight = tl.max(weight, axis=1)
         if decode:
             base = (((sequence * H + head) * tl.num_programs(2) + split) * G + row).to(tl.int64) * (DV + 2)
             tl.store(partial + base[:, None] + dv[None, :], total, mask=real[:, None] & (dv < DV)[None, :])
@@ -199,15 +237,21 @@ def paged_attention_kernel(
 def join_splits_kernel(
     partial, query_starts, context_lens, sinks, out, splits, window,
     H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr, LEAST: tl.constexpr,
-    MOST: tl.constexpr, has_sinks: tl.constexpr, early: tl.constexpr,
+    MOST: tl.constexpr, has_sinks: tl.constexpr, early: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     """Grid (S, H * G): the outputs of sequences with one query token, from what their splits left."""
-    follow(early)
+    if ahead:
+        let_next_begin(early)
+    else:
+        follow(early)
     sequence, query_head = tl.program_id(0), tl.program_id(1)
     start = tl.load(query_starts + sequence)
-    if tl.load(query_starts + sequence + 1) - start == 1:
-        context = tl.load(context_lens + sequence)
-        size = _split_size(context, LEAST, MOST)
+    length = tl.load(query_starts + sequence + 1) - start
+    context = tl.load(context_lens + sequence)
+    if ahead:
+        wait(early)
+    if length == 1:
+        size = split_size(context, LEAST, MOST)
         first = (tl.maximum(context - window, 0) if window > 0 else 0) // size
         dv = tl.arange(0, PV)
         m = tl.full([1], NEVER, tl.float32)

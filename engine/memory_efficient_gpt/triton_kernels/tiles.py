@@ -27,6 +27,10 @@ ROW_LIMITS: Final = (8, 16, 32, 64, 128, 256, 512)
 _TABLES: Final = {9: "hopper.json"}  # by compute capability's major number
 _DENSE_FROM: Final = 129  # without a table
 _PROGRAMS_WANTED: Final = 3  # a multiprocessor, without a table
+_FIXED_ROWS: Final = (8, 16, 32)
+_FEW_OUTPUTS: Final = 4096
+_LARGE_MEMORY: Final = 9
+"""Since Hopper a program's shared memory has room for eight warps' spans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,19 @@ def choose_tile(
     if entries:
         return min(entries, key=lambda entry: entry.distance(outputs, inputs)).tile
     return _computed(outputs, inputs, rows, processors) if rows < _DENSE_FROM else None
+
+
+def fixed_tile(outputs: int, rows: int, *, major: int) -> Tile:
+    """The tile for `rows` rows where a row's sums must not depend on how many there are.
+
+    Their order follows from the warps, each with spans of its own, and these from the weight and the GPU.
+    """
+    wide = outputs <= _FEW_OUTPUTS and major >= _LARGE_MEMORY
+    tile_rows = next((limit for limit in _FIXED_ROWS if rows <= limit), _FIXED_ROWS[-1])
+    stages = 4 if tile_rows == _FIXED_ROWS[0] else 3
+    if major < _LARGE_MEMORY or (wide and tile_rows == _FIXED_ROWS[-1]):
+        stages = 2
+    return Tile(32, tile_rows, 1, warps=8 if wide else 4, stages=stages, few_rows=True)
 
 
 def _computed(outputs: int, inputs: int, rows: int, processors: int) -> Tile:

@@ -22,8 +22,7 @@ ADMIN_KEY_ENV: Final = "MEGPT_ADMIN_KEY"
 
 _ENGINE_OPTIONS: Final = (
     "device", "dtype", "quantization", "kv_cache_dtype", "max_model_len", "kv_cache_bytes", "max_num_seqs",
-    "num_threads",
-    "tier", "revision",
+    "num_threads", "deterministic", "tier", "revision",
 )  # fmt: skip
 _SAMPLING_OPTIONS: Final = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
@@ -75,6 +74,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--max-num-seqs", type=int, metavar="N", help="sequences computed together (default: 64)"
     )
     group.add_argument("--num-threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        default=None,
+        help="same tokens whatever is computed beside a request (costs speed on GPUs)",
+    )
     group.add_argument("--tier", choices=("B", "C"), help="force packed paged (B) or plain transformers (C)")
     group.add_argument("--revision", metavar="NAME", help="commit, tag or branch of a hub id")
 

@@ -83,11 +83,17 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-threads", type=int, metavar="N", help="CPU threads of each (default: an equal share)"
     )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        default=None,
+        help="same tokens whatever is computed beside a request (costs speed on GPUs)",
+    )
 
 
 _MODEL_OPTIONS: Final = (
     "device", "dtype", "quantization", "kv_cache_dtype", "kv_cache_bytes", "max_model_len", "max_num_seqs",
-    "num_threads",
+    "num_threads", "deterministic",
 )  # fmt: skip
 _SERVER_OPTIONS: Final = ("host", "port", "models_dir", "drain_seconds", "log_level", "log_format")
 

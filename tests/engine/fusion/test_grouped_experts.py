@@ -44,6 +44,7 @@ class NoOtherKernels:
 
     label = "Triton kernels"
     device_type = "cpu"
+    deterministic = False
     dtypes = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
     def __deepcopy__(self, memo: dict[int, object]) -> NoOtherKernels:

@@ -40,9 +40,9 @@ def outputs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of each product that merged layers compute."""
     counted: list[int] = []
 
-    def multiply(x: torch.Tensor, weight: Any, *rest: Any) -> torch.Tensor:
+    def multiply(x: torch.Tensor, weight: Any, *rest: Any, **options: Any) -> torch.Tensor:
         counted.append(weight.num_outputs)
-        return fp8_linear(x, weight, *rest)
+        return fp8_linear(x, weight, *rest, **options)
 
     monkeypatch.setattr(merged_fp8, "fp8_linear", multiply)
     return counted

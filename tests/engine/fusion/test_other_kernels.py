@@ -40,6 +40,7 @@ class TorchKernels:
 
     label = "Triton kernels"
     device_type = "cpu"
+    deterministic = False
     dtypes = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
     def __init__(self, wrong: str = "") -> None:

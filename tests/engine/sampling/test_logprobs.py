@@ -10,7 +10,7 @@ import torch
 
 from memory_efficient_gpt.request import SamplingParams
 from memory_efficient_gpt.sampling import SampleRow, SamplingBatch, prompt_logprobs, sample
-from memory_efficient_gpt.sampling.logprobs import LEAST_LOGPROB
+from memory_efficient_gpt.sampling.logprobs import LEAST_LOGPROB, gather_logprobs
 from tests.engine.sampling.reference import (
     CPU,
     GREEDY,
@@ -65,3 +65,17 @@ def test_prompt_logprobs_match_log_softmax_in_any_number_of_pieces(monkeypatch: 
 
 def test_prompt_logprobs_of_nothing_are_empty() -> None:
     assert prompt_logprobs(torch.empty(0, 8), torch.empty(0, dtype=torch.int64), 2).entries() == []
+
+
+def test_a_rows_logprobs_are_the_same_bits_alone_and_among_others() -> None:
+    """Ties, too: of equal alternatives the lower ids are given, however many are asked for."""
+    logits = (logits_of(40, 3001) * 2).round() / 2
+    ids = torch.arange(40)
+    together = gather_logprobs(logits, ids, 7)
+    for row in range(40):
+        own = gather_logprobs(logits[row : row + 1], ids[row : row + 1], 3)
+        assert torch.equal(own.logprobs, together.logprobs[row : row + 1])
+        assert torch.equal(own.top_ids, together.top_ids[row : row + 1, :3])
+        assert torch.equal(own.top_logprobs, together.top_logprobs[row : row + 1, :3])
+        kept = sorted(range(3001), key=lambda token: (-float(logits[row, token]), token))[:7]
+        assert together.top_ids[row].tolist() == kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from memory_efficient_gpt.triton_kernels.tiles import ROW_LIMITS, Tile, choose_tile, group_class
+from memory_efficient_gpt.triton_kernels.tiles import ROW_LIMITS, Tile, choose_tile, fixed_tile, group_class
 
 HOPPER = dict(major=9, processors=132)
 AMPERE = dict(major=8, processors=108)
@@ -40,3 +40,11 @@ def test_groups_share_entries_with_those_that_compute_alike() -> None:
     assert group_class("int4", 32) == group_class("int4", 64) == "int4-g32"
     assert group_class("int4", 128) == group_class("int4", None) == group_class("int4", 256) == "int4-g128"
     assert group_class("fp8", None) == group_class("int8", None) == group_class("int8", 64) == "int8"
+
+
+@pytest.mark.parametrize("major", [8, 9])
+@pytest.mark.parametrize("outputs", [128, 4096, 28672])
+def test_fixed_tiles_of_a_weight_share_what_decides_the_order_of_a_sum(outputs: int, major: int) -> None:
+    tiles = [fixed_tile(outputs, rows, major=major) for rows in (1, 8, 9, 16, 17, 32, 33, 8192)]
+    assert {(tile.warps, tile.splits, tile.few_rows) for tile in tiles} == {(tiles[0].warps, 1, True)}
+    assert [tile.rows for tile in tiles] == [8, 8, 16, 16, 32, 32, 32, 32]
