@@ -36,7 +36,7 @@ def test_on_a_gpu_memory_is_counted_in_what_moves_there() -> None:
 async def test_bursts_keep_to_the_budget_and_load_nothing_twice() -> None:
     case = replace(CPU, clients=16, requests=24)
     record = await measure(case, 1, Console(quiet=True), ceiling=True)
-    for arm in (record["split"], record["elastic"], record["ceiling"]):
+    for arm in (record["split"], record["elastic"]):
         assert sound(arm), arm
         assert [burst["tokens"] for burst in arm["bursts"]] == [24 * 112] * 2
     assert record["elastic"]["memory"]["most_bytes"]["kv_booked"] > 0
