@@ -127,7 +127,7 @@ def _keys_of(
     context, length, offset, window, split, BQ: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr,
     MOST: tl.constexpr, decode: tl.constexpr,
 ):  # fmt: skip
-    """The first key, of a whole tile, that a program's queries see, and the end; offset: of its first query."""
+    """The first key (of a whole tile) that a program sees, and the end; offset: of its first query."""
     lowest = tl.maximum(context - length + offset - window + 1, 0) if window > 0 else 0
     first = lowest // TILE * TILE
     last = tl.minimum(context - length + offset + BQ, context)
