@@ -107,7 +107,7 @@ def assemble(config: EngineConfig, progress: Callable[[str, float], None]) -> Pa
     decision = decide_tier(model_config, forced=config.tier, max_model_len=config.max_model_len)
     dtype, notes = resolve_dtype(config.dtype, model_config, device)
     progress("loading weights", 0.3)
-    weights_stay = scheme is None and not config.native_kernels  # else they are quantized, packed or merged
+    weights_stay = scheme is None  # merged ones were measured with one block: nothing stays reserved asleep
     model = load_model(folder, model_config, dtype=dtype, device=device, weights_stay=weights_stay)
     notes = (*origin, *notes)
     if scheme is not None:
