@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Final, Literal, cast
 import torch
 
 from memory_efficient_gpt.native.build import Isa, NativeLibrary, Unavailable, load_library
+from memory_efficient_gpt.native.call_sizes import AttentionSizes, QuantizedSizes, WriteSizes
 from memory_efficient_gpt.native.checks import (
     DTYPE_CODES,
     alike,
@@ -44,39 +45,6 @@ _NORM_STYLES: Final[dict[NormStyle, int]] = {
     "one_plus_weight": 1,
     "scale_then_round": 2,
 }
-
-
-class _AttentionSizes(ctypes.Structure):
-    """MegptAttentionSizes of attention.cpp."""
-
-    _fields_ = [
-        (name, c_int64)
-        for name in (
-            *("T", "S", "Hq", "Hkv", "Dk", "Dv", "BS", "table_stride", "query_stride_t", "query_stride_h"),
-            *("query_dtype", "cache_dtype", "window", "threads"),
-        )
-    ]
-
-
-class _WriteSizes(ctypes.Structure):
-    """MegptWriteSizes of kv_cache.cpp."""
-
-    _fields_ = [
-        (name, c_int64)
-        for name in (
-            *("T", "Hkv", "Dk", "Dv", "key_stride_t", "key_stride_h", "value_stride_t", "value_stride_h"),
-            *("source_dtype", "cache_dtype", "threads"),
-        )
-    ]
-
-
-class _QuantizedSizes(ctypes.Structure):
-    """MegptQuantizedSizes of quantized_linear.cpp."""
-
-    _fields_ = [
-        (name, c_int64)
-        for name in ("M", "N", "K", "bits", "span", "spans", "per_group", "x_stride", "dtype", "threads")
-    ]
 
 
 def load_kernels(isa: Isa | None = None) -> Kernels | Unavailable:
@@ -114,7 +82,7 @@ class Kernels:
             cdll.megpt_quantized_linear,
             Function.QUANTIZED_LINEAR,
             [*[c_void_p] * 7, c_float],
-            _QuantizedSizes,
+            QuantizedSizes,
         )
         self._rms_norm = NativeFunction(
             cdll.megpt_rms_norm, Function.RMS_NORM,
@@ -123,9 +91,9 @@ class Kernels:
         self._gated = NativeFunction(cdll.megpt_gated, Function.GATED, [*[c_void_p] * 3, *[c_int64] * 7])
         self._rope = NativeFunction(cdll.megpt_rope, Function.ROPE, [*[c_void_p] * 3, *[c_int64] * 7])
         self._experts = ExpertsFunction(library)
-        self._write = NativeFunction(cdll.megpt_write_kv, Function.WRITE_KV, [c_void_p] * 8, _WriteSizes)
+        self._write = NativeFunction(cdll.megpt_write_kv, Function.WRITE_KV, [c_void_p] * 8, WriteSizes)
         self._attention = NativeFunction(
-            cdll.megpt_attention, Function.ATTENTION, [*[c_void_p] * 12, c_float, c_float], _AttentionSizes
+            cdll.megpt_attention, Function.ATTENTION, [*[c_void_p] * 12, c_float, c_float], AttentionSizes
         )
 
     def experts(
@@ -208,7 +176,7 @@ class Kernels:
                 f"quantized_linear needs a contiguous bias [{n}] of {x.dtype}, got {describe(bias)}"
             )
         out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
-        sizes = _QuantizedSizes(
+        sizes = QuantizedSizes(
             *(m, n, k, weight.bits, weight.span, weight.num_spans, weight.per_group),
             *(stride, float_code(x), self.thread_limit()),
         )
@@ -341,7 +309,7 @@ class Kernels:
         if value.dtype is not key.dtype:
             raise ValueError(f"write_kv needs one dtype, got {describe(key)} and {describe(value)}")
         key, value = last_contiguous(key), last_contiguous(value)
-        sizes = _WriteSizes(
+        sizes = WriteSizes(
             *(t, h, dk, dv, key.stride(0), key.stride(1), value.stride(0), value.stride(1)),
             *(float_code(key), DTYPE_CODES[key_cache.dtype], self.thread_limit()),
         )
@@ -390,7 +358,7 @@ class Kernels:
         sinks = per_head("sinks", sinks, hq)
         slopes = per_head("alibi_slopes", alibi_slopes, hq)
         out = torch.empty((t, hq, dv), dtype=query.dtype)
-        sizes = _AttentionSizes(
+        sizes = AttentionSizes(
             *(t, block_tables.shape[0], hq, hkv, dk, dv, bs, block_tables.stride(0)),
             *(query.stride(0), query.stride(1), float_code(query), DTYPE_CODES[key_cache.dtype]),
             *(window or 0, self.thread_limit()),
