@@ -115,7 +115,7 @@ class StepRecordings:
 
     def _record(self, kind: StepKind, entry: _Entry) -> bool:
         try:
-            with recording(self._kernels.library) as recorder:
+            with recording(self._kernels.compiled) as recorder:
                 self._steps.compute(kind)
         except Exception as error:  # noqa: BLE001  # a model's code may not bear being watched
             self._give_up(f"{error}".splitlines()[0][:200] if str(error) else type(error).__name__)

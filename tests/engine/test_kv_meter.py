@@ -8,8 +8,8 @@ import pytest
 
 from memory_efficient_gpt.kv_meter import KvMeter
 from memory_efficient_gpt.request import Cost, Request, SamplingParams, SequenceEvent
+from tests.engine.scheduler_harness import Harness, prompts
 from tests.engine.test_core import make_engine, prompt
-from tests.engine.test_scheduler import Harness, prompts
 
 
 class Clock:

@@ -12,7 +12,7 @@ import pytest
 from memory_efficient_gpt.repetition import Repetition
 from memory_efficient_gpt.sequence import Step, StepOutcome
 from memory_efficient_gpt.step_layout import StepLayout, StepTables
-from tests.engine.test_scheduler import FakeRunner, Harness, prompts
+from tests.engine.scheduler_harness import FakeRunner, Harness, prompts
 
 
 class LayingOut(FakeRunner):

@@ -76,7 +76,7 @@ class Kernels:
     def __init__(self, library: NativeLibrary) -> None:
         cdll = library.cdll
         self.isa = library.isa
-        self.library = library
+        self.compiled = library
         self._linear = NativeFunction(cdll.megpt_linear, Function.LINEAR, [*[c_void_p] * 4, *[c_int64] * 6])
         self._quantized_linear = NativeFunction(
             cdll.megpt_quantized_linear,

@@ -45,7 +45,7 @@ def search_scales(
         importance = importance.to(torch.float32).contiguous()
     scales = torch.empty(weight.shape[0], sizes.groups)
     offsets = None if symmetric else torch.empty_like(scales)
-    function = declare(kernels.library.cdll.megpt_search_scales, *[c_void_p] * 5)
+    function = declare(kernels.compiled.cdll.megpt_search_scales, *[c_void_p] * 5)
     function(
         scales.data_ptr(),
         None if offsets is None else offsets.data_ptr(),
@@ -75,7 +75,7 @@ def choose_codes(
             raise ValueError(f"scales must be contiguous [N, {sizes.groups}], got {describe(values)}")
     n, k = weight.shape
     codes = torch.empty(n, (k + 1) // 2 if bits == 4 else k, dtype=torch.uint8)
-    function = declare(kernels.library.cdll.megpt_choose_codes, *[c_void_p] * 5)
+    function = declare(kernels.compiled.cdll.megpt_choose_codes, *[c_void_p] * 5)
     function(
         codes.data_ptr(),
         weight.data_ptr(),
@@ -104,7 +104,7 @@ def pack_stored(
         raise ValueError(f"packing needs contiguous uint8 codes on the CPU, got {describe(codes)}")
     units = spans * span * bits // 32
     packed = torch.empty(-(-n // BLOCK), units, 4 * BLOCK, dtype=torch.uint8)
-    function = declare(kernels.library.cdll.megpt_pack_codes, *[c_void_p] * 2, *[c_int64] * 5)
+    function = declare(kernels.compiled.cdll.megpt_pack_codes, *[c_void_p] * 2, *[c_int64] * 5)
     function(packed.data_ptr(), codes.data_ptr(), n, width, units, bits, kernels.thread_limit())
     return PackedWeight(
         packed,

@@ -33,7 +33,7 @@ def kernels() -> Kernels:
 
 
 def record(kernels: Kernels, code: Code, x: torch.Tensor) -> tuple[Recording, torch.Tensor]:
-    with recording(kernels.library) as recorder:
+    with recording(kernels.compiled) as recorder:
         out = code(x)
     return recorder.finish(), out
 
