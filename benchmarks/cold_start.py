@@ -17,7 +17,6 @@ import json
 import secrets
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -28,11 +27,10 @@ from rich.console import Console
 from benchmarks.cpu import progress_bar, write_record
 from benchmarks.engine_gpu import SHAPES, quantize, write_model
 from benchmarks.machine import accelerator_facts, versions
-from benchmarks.sleep_cpu import operate, summary
+from benchmarks.sleep_cpu import first_token, operate, summary
 from benchmarks.watched_server import WatchedServer
 
 PROMPT: Final = " ".join(f"w{number}" for number in range(3, 40))
-TOKENS: Final = 16
 SCHEME: Final = "int4-g128"
 
 
@@ -52,28 +50,14 @@ def write_tokenizer(folder: Path, words: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def first_token(client: httpx.Client, model: str) -> tuple[float, str]:
-    """Seconds from the request to its first token, and the whole text."""
-    body = {"model": model, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True,
-            "stream": True}  # fmt: skip
-    text, seconds, began = "", 0.0, time.perf_counter()
-    with client.stream("POST", "/v1/completions", json=body) as stream:
-        stream.raise_for_status()
-        for line in stream.iter_lines():
-            if line.startswith("data: {"):
-                seconds = seconds or time.perf_counter() - began
-                text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-    return seconds, text
-
-
 def play(client: httpx.Client, model: str, rounds: int, console: Console) -> dict[str, list[float]]:
     """All rounds of a model. Raises RuntimeError if an answer differs."""
-    first_s, expected = first_token(client, model)
+    first_s, expected = first_token(client, model, PROMPT)
     found: dict[str, list[float]] = {"first_load_s": [first_s]}
     console.print(f"{model}: first load {first_s:.2f} s, {expected[:40]!r}...")
 
     def ask(name: str) -> None:
-        seconds, text = first_token(client, model)
+        seconds, text = first_token(client, model, PROMPT)
         if text != expected:
             raise RuntimeError(f"the answer differs ({name}): {text!r}, expected {expected!r}")
         found.setdefault(name, []).append(seconds)

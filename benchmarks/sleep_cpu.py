@@ -35,11 +35,11 @@ FILLING: Final = 64
 """Requests of different prompts before each sleep, so that there is a cache to give back."""
 
 
-def first_token(client: httpx.Client, model: str) -> tuple[float, str]:
+def first_token(client: httpx.Client, model: str, prompt: str = PROMPT) -> tuple[float, str]:
     """Seconds from the request to its first token, and the whole text."""
     body = {
         "model": model,
-        "prompt": PROMPT,
+        "prompt": prompt,
         "max_tokens": 16,
         "temperature": 0,
         "ignore_eos": True,

@@ -16,6 +16,7 @@ Letters: K inputs, N outputs of all layers together.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -41,7 +42,7 @@ class _Kept:
     waiting: frozenset[int]
 
 
-class MergedProduct:
+class MergedProduct(ABC):
     """The product of linear layers that get the same input; the first one called computes it.
 
     mode: "whole" is one product; "parts" multiplies part by part and joins the results, "off" leaves every
@@ -55,17 +56,17 @@ class MergedProduct:
         self._sizes = list(sizes)
         self._kept: _Kept | None = None
 
+    @abstractmethod
     def holds(self, layer: nn.Linear) -> bool:
         """Whether the layer's weight is still part of this product's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def release(self, layer: nn.Linear) -> None:
         """Give the layer a weight of its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _multiply(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         """x `[..., K]` by all rows: `[..., N]`. layer: the first one."""
-        raise NotImplementedError
 
     def part(self, place: int, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor | None:
         """The layer's part of the product with x `[..., K]`: `[..., n]`, a view; None if there is none."""
