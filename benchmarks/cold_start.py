@@ -80,8 +80,11 @@ def settings_of(folders: dict[str, Path], device: str) -> dict[str, Any]:
          "max_num_seqs": 32}
         for name, path in folders.items()
     ]  # fmt: skip
-    budget = {"memory_budget_bytes": 8_000_000_000} if device == "cpu" else {}
-    return {"log_level": "WARNING", "host_budget_bytes": 60_000_000_000, "models": models, **budget}
+    budget = 8_000_000_000 if device == "cpu" else 60_000_000_000
+    return {
+        "log_level": "WARNING", "memory_budget_bytes": budget, "host_budget_bytes": 60_000_000_000,
+        "models": models,
+    }  # fmt: skip
 
 
 def measure(shape: str, device: str, rounds: int, folder: Path, console: Console) -> dict[str, Any]:

@@ -61,6 +61,7 @@ from memory_efficient_gpt.sleeping import SleepableModel
 from memory_efficient_gpt.step_replays import choose_replays, replay_note
 from memory_efficient_gpt.tiers import TierDecision, decide_tier
 from memory_efficient_gpt.transformers_runner import TransformersRunner
+from memory_efficient_gpt.weight_memory import apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,11 +108,11 @@ def assemble(config: EngineConfig, progress: Callable[[str, float], None]) -> Pa
     decision = decide_tier(model_config, forced=config.tier, max_model_len=config.max_model_len)
     dtype, notes = resolve_dtype(config.dtype, model_config, device)
     progress("loading weights", 0.3)
-    weights_stay = scheme is None  # merged ones were measured with one block: nothing stays reserved asleep
-    model = load_model(folder, model_config, dtype=dtype, device=device, weights_stay=weights_stay)
+    model = load_model(folder, model_config, dtype=dtype, device=device)
     notes = (*origin, *notes)
     if scheme is not None:
-        notes = (*notes, *_quantize(model, scheme, config, device, progress))
+        with apart(device):
+            notes = (*notes, *_quantize(model, scheme, config, device, progress))
     progress("preparing the cache", 0.9)
     parts = build(model, decision, config, device=device, name=config.model, folder=folder, notes=notes)
     logger.info(
@@ -179,7 +180,8 @@ def build(
 
         notes = (*notes, fuse(model).summary())
     elif device.type == "cuda" and config.native_kernels:
-        notes = (*notes, *_fuse_on_cuda(model, layers, device, deterministic=config.deterministic))
+        with apart(device):
+            notes = (*notes, *_fuse_on_cuda(model, layers, device, deterministic=config.deterministic))
     computed_in = model.dtype
     dtype = kv_dtype(config, computed_in, device)
     backend, reason = choose_backend(

@@ -7,13 +7,10 @@ Invariant: only safetensors are read, no remote code runs, and what is damaged i
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_each_by_itself: ContextVar[bool] = ContextVar("_each_by_itself", default=False)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DESCRIPTIONS = ("*.json",)
@@ -176,20 +172,18 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    weights_stay: bool = True,
 ) -> PreTrainedModel:
     """The model with its weights on `device`, in eval mode, nothing requiring gradients.
 
-    weights_stay: whether they will stay as they are. If not, or if they are quantized and so will be packed,
-    each has memory of its own on a GPU, which is free once the weight is replaced.
     Raises CheckpointError when weights are missing or have other shapes than the config says.
     """
     from transformers.utils import logging as transformers_logging
 
+    from memory_efficient_gpt.weight_memory import apart
+
     transformers_logging.disable_progress_bar()  # loads have a bar of their own
-    replaced = not weights_stay or quantization_settings(folder) is not None
     try:
-        with memory_for_each_weight(replaced):
+        with apart(device):
             model, report = _from_pretrained(folder, config, dtype, device)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise CheckpointError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
@@ -200,39 +194,6 @@ def load_model(
 
         describe_itself(loaded)
     return loaded
-
-
-@contextmanager
-def memory_for_each_weight(wanted: bool) -> Iterator[None]:
-    """Let transformers allocate weight by weight, if `wanted`.
-
-    It would reserve one block of memory for all of them. torch gives a block back as a whole only: the first
-    workspace of a kernel that lands where a float weight has been would keep the size of all float weights.
-    """
-    _ask_before_warmup()
-    token = _each_by_itself.set(wanted)
-    try:
-        yield
-    finally:
-        _each_by_itself.reset(token)
-
-
-@functools.cache
-def _ask_before_warmup() -> None:
-    """Put our question before transformers' reservation; there is none in versions without it."""
-    from transformers import modeling_utils
-
-    reserve = getattr(modeling_utils, "caching_allocator_warmup", None)
-    if reserve is None:
-        logger.warning("This transformers reserves memory in a way that is not known here.")
-        return
-
-    @functools.wraps(reserve)
-    def ask(*args: Any, **kwargs: Any) -> None:
-        if not _each_by_itself.get():
-            reserve(*args, **kwargs)
-
-    modeling_utils.caching_allocator_warmup = ask
 
 
 def _from_pretrained(

@@ -12,6 +12,7 @@ anew after `restore`.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -87,6 +88,10 @@ class ParkedStorages:
         self._host = torch.from_numpy(np.empty(self.num_bytes, dtype=np.uint8))
         self._devices = {s.device for s in storages if s.device.type == "cuda"}
         self.pinned = bool(self._devices) and _pin(self._host, self._devices)
+        # should nobody restore them: memory that is freed while it is locked makes later copies fail
+        self._unpin = weakref.finalize(self, _unpin, self._host) if self.pinned else None
+        if self._unpin is not None:
+            self._unpin.atexit = False  # CUDA may be gone by then
         for storage, part in self._parts():
             part.copy_(_bytes_of(storage), non_blocking=self.pinned)
         self._wait()
@@ -100,8 +105,8 @@ class ParkedStorages:
         for storage, part in self._parts():
             _bytes_of(storage).copy_(part, non_blocking=self.pinned)
         self._wait()
-        if self.pinned:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._host.data_ptr()))
+        if self._unpin is not None:
+            self._unpin()
         self._host = torch.empty(0, dtype=torch.uint8)
         self._storages, self._sizes, self.num_bytes, self.pinned = [], [], 0, False
 
@@ -130,3 +135,7 @@ def _pin(host: torch.Tensor, devices: Collection[torch.device]) -> bool:
         except RuntimeError:
             logger.debug("The error was told and is gone.", exc_info=True)
     return False
+
+
+def _unpin(host: torch.Tensor) -> None:
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(host.data_ptr()))

@@ -39,6 +39,7 @@ from memory_efficient_gpt.quantization.plans import uniform_plan
 from memory_efficient_gpt.quantization.rounding import Rounding, rounding_of
 from memory_efficient_gpt.quantization.scheme import INT4, INT8, UNQUANTIZED, Scheme, parse_scheme
 from memory_efficient_gpt.tokenizer import Tokenizer
+from memory_efficient_gpt.weight_memory import apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -136,10 +137,11 @@ def load(
     causal_model_class(model_config)
     told("loading weights", 0.1)
     dtype, _ = resolve_dtype(config.dtype, model_config, device)
-    model = load_model(folder, model_config, dtype=dtype, device=device, weights_stay=False)
-    report = quantize(
-        model, wanted, config, default=INT4, progress=lambda phase, share: told(phase, 0.4 + 0.6 * share)
-    )
+    model = load_model(folder, model_config, dtype=dtype, device=device)
+    with apart(device):
+        report = quantize(
+            model, wanted, config, default=INT4, progress=lambda phase, share: told(phase, 0.4 + 0.6 * share)
+        )
     told("ready", 1.0)
     return model, folder, report
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, modeling_utils
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from memory_efficient_gpt import loading
 from memory_efficient_gpt.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 from memory_efficient_gpt.loading import (
     bundled_models,
@@ -51,31 +49,6 @@ def test_sharded_checkpoint_loads_and_a_missing_shard_is_named(tmp_path: Path) -
     files[0].unlink()
     with pytest.raises(CheckpointError, match=files[0].name):
         check_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("weights_stay", [True, False])
-def test_memory_is_reserved_in_one_block_only_for_weights_that_stay(
-    folder: Path, weights_stay: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reserved: list[Any] = []
-    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", lambda model, *_: reserved.append(model))
-    loading._ask_before_warmup.cache_clear()
-    monkeypatch.setattr(loading, "_from_pretrained", _as_on_a_gpu)
-    config = load_config(folder)
-    cpu = torch.device("cpu")
-    load_model(folder, config, dtype=torch.float32, device=cpu, weights_stay=weights_stay)
-    assert len(reserved) == weights_stay
-    loading._ask_before_warmup.cache_clear()
-
-
-def _as_on_a_gpu(
-    folder: Path, config: LlamaConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[Any, dict[str, Any]]:
-    """As transformers loads for a device that is named, which is when it reserves memory."""
-    loaded: Any = LlamaForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, device_map={"": device}, output_loading_info=True
-    )
-    return loaded[0], loaded[1]
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])

@@ -18,13 +18,19 @@ from memory_efficient_gpt.kv_cache.geometry import probe_geometry
 from memory_efficient_gpt.request import Request, SamplingParams
 from tests.engine.architectures.configs import CASES, VOCAB_SIZE
 
-pytestmark = pytest.mark.gpu
+# transformers 5.17 compiles a helper of gpt_bigcode with torch.jit at import.
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+]
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 PACKED = [name for name, case in CASES.items() if case.tier == "B"]
 _MIXTURES = ("mixtral", "gpt_oss", "deepseek_v2", "deepseek_v3", "dots1", "minimax_m2")
 EXPERTS = [name for name in PACKED if "moe" in name or name in _MIXTURES]
 """In 16 bits a rounding may choose another expert."""
+NOT_CAPTURED = ("gemma3n_text", "phimoe", "phimoe_window")
+"""Their own code copies a constant from the host in every step, which no graph can hold."""
 
 
 def tokens_of(model: PreTrainedModel, **options: object) -> tuple[dict[str, list[int]], Engine]:
@@ -51,7 +57,9 @@ def test_greedy_tokens_are_those_of_the_cpu_in_float32(name: str) -> None:
     torch.nn.Module.to(model, CUDA)
     got, engine = tokens_of(model, prefix_cache=False)
     assert got == expected
-    assert engine.info.tier == "A", engine.info.notes
+    assert engine.info.tier == ("B" if name in NOT_CAPTURED else "A"), engine.info.notes
+    told = any("pinned" in note for note in engine.info.notes)
+    assert told == (name in NOT_CAPTURED), engine.info.notes
 
 
 @pytest.mark.parametrize("name", [name for name in PACKED if name not in EXPERTS])

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.core import Engine
+from memory_efficient_gpt.parking import ParkedStorages
 from memory_efficient_gpt.quantization import QuantizedModel
 from memory_efficient_gpt.request import Request, SamplingParams
 
@@ -173,6 +174,17 @@ def test_torch_keeps_little_more_than_a_model_takes_awake_and_nearly_nothing_asl
         engine.close()
         del engine
         free()
+
+
+def test_host_memory_is_unlocked_also_if_nobody_restores() -> None:
+    """Memory that is freed while it is page-locked makes later copies from its addresses fail."""
+    parked = ParkedStorages([torch.zeros(1 << 22, device="cuda").untyped_storage()])
+    assert parked.pinned
+    host, cudart = parked._host, torch.cuda.cudart()
+    del parked
+    gc.collect()
+    assert int(cudart.cudaHostRegister(host.data_ptr(), host.numel(), 0)) == 0, "it is locked still"
+    assert int(cudart.cudaHostUnregister(host.data_ptr())) == 0
 
 
 def test_the_prefix_cache_is_not_believed_after_a_sleep(folder: Path) -> None:

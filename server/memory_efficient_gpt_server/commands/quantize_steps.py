@@ -63,9 +63,7 @@ def carry_out(job: Job, progress: Progress) -> Outcome:
     """Do it; returns what became of it. Raises what loading raises, MegptError if it can't write."""
     progress("loading", job.model, 0.0)
     stored = _stored_dtype(job)
-    model = load_model(
-        job.folder, job.config, dtype=_dtype(job, stored), device=job.device, weights_stay=False
-    )
+    model = load_model(job.folder, job.config, dtype=_dtype(job, stored), device=job.device)
     reference, moments = None, None
     if job.needs_text:
         text = _text(job, model, progress)
