@@ -34,6 +34,7 @@ from memory_efficient_gpt.loading import (
     load_config,
     load_model,
     quantization_notes,
+    quantization_settings,
     resolve_dtype,
     resolve_model,
 )
@@ -108,7 +109,9 @@ def assemble(config: EngineConfig, progress: Callable[[str, float], None]) -> Pa
     decision = decide_tier(model_config, forced=config.tier, max_model_len=config.max_model_len)
     dtype, notes = resolve_dtype(config.dtype, model_config, device)
     progress("loading weights", 0.3)
-    model = load_model(folder, model_config, dtype=dtype, device=device)
+    quantizes = scheme is not None and quantization_settings(folder) is None
+    home = torch.device("cpu") if quantizes else device  # float weights go to a GPU one by one then
+    model = load_model(folder, model_config, dtype=dtype, device=home)
     notes = (*origin, *notes)
     if scheme is not None:
         with apart(device):
@@ -146,6 +149,7 @@ def _quantize(
         plan,
         kernels=cpu_kernels(config, device),
         progress=lambda name, share: progress(f"quantizing {name}", 0.4 + 0.5 * share),
+        device=device,
     )
     return (report.summary(), *bitsandbytes.left_alone(layers, scheme))
 

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_OWN_METHOD = "megpt"
 _DESCRIPTIONS = ("*.json",)
 _FILES = (*_DESCRIPTIONS, "*.safetensors", "*.jinja", "*.model", "*.txt")
 _MAX_HEADER_BYTES = 100_000_000
@@ -208,13 +209,18 @@ def _from_pretrained(
         return load_foreign(check_checkpoint(folder), layer_format, config, dtype=dtype, device=device)
     from memory_efficient_gpt.quantization import bitsandbytes
 
-    by_bitsandbytes = bitsandbytes.describes(quantization_settings(folder))
+    settings = quantization_settings(folder)
+    by_bitsandbytes = bitsandbytes.describes(settings)
     if by_bitsandbytes:
         bitsandbytes.require(to_load=True)
     if getattr(config, "quantization_config", None) is not None:
         from memory_efficient_gpt.quantization.checkpoint import register_format
 
         register_format()
+    if device.type != "cpu" and (settings is None or settings.get("quant_method") == _OWN_METHOD):
+        straight = _read_if_possible(folder, config, dtype, device)
+        if straight is not None:
+            return straight
     from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its annotations miss output_loading_info
     loaded: tuple[PreTrainedModel, dict[str, Any]] = from_pretrained(
         folder,
@@ -228,6 +234,54 @@ def _from_pretrained(
     )
     if by_bitsandbytes:
         bitsandbytes.adopt(loaded[0], dtype)
+    return loaded
+
+
+def _read_if_possible(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, dict[str, Any]] | None:
+    """`read_to_device`; None, and the log says why, where only transformers' own way is left."""
+    try:
+        return read_to_device(folder, config, dtype, device)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if "out of memory" in str(error).lower():
+            raise
+        logger.warning("%s: files can't be read straight to %s: %s", folder, device, _first_line(error))
+    return None
+
+
+def read_to_device(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """As transformers loads a folder, from tensors that are on `device` when it asks for them.
+
+    Raises CheckpointError for a file that has changed meanwhile, and whatever transformers raises.
+    """
+    from transformers import GenerationConfig
+
+    from memory_efficient_gpt.file_tensors import file_tensors, obstacle
+    from memory_efficient_gpt.kv_cache.geometry import causal_model_class
+
+    files = check_checkpoint(folder)
+    if (reason := obstacle(files)) is not None:
+        raise NotImplementedError(reason)
+    generation = None
+    if (folder / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    kind: Any = causal_model_class(config)
+    with file_tensors(files, device) as tensors:
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(
+            None,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            state_dict=tensors,
+            generation_config=generation,
+            output_loading_info=True,
+        )
+    loaded[0].name_or_path = loaded[0].config.name_or_path = str(folder)
     return loaded
 
 

@@ -87,9 +87,9 @@ class ParkedStorages:
         # numpy asks for huge pages, which makes both writing and pinning it several times faster
         self._host = torch.from_numpy(np.empty(self.num_bytes, dtype=np.uint8))
         self._devices = {s.device for s in storages if s.device.type == "cuda"}
-        self.pinned = bool(self._devices) and _pin(self._host, self._devices)
+        self.pinned = bool(self._devices) and page_lock(self._host, self._devices)
         # should nobody restore them: memory that is freed while it is locked makes later copies fail
-        self._unpin = weakref.finalize(self, _unpin, self._host) if self.pinned else None
+        self._unpin = weakref.finalize(self, unlock_pages, self._host) if self.pinned else None
         if self._unpin is not None:
             self._unpin.atexit = False  # CUDA may be gone by then
         for storage, part in self._parts():
@@ -123,8 +123,11 @@ def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _pin(host: torch.Tensor, devices: Collection[torch.device]) -> bool:
-    """Page-lock `host`; torch's own pinned memory would round up and stay after it is freed."""
+def page_lock(host: torch.Tensor, devices: Collection[torch.device]) -> bool:
+    """Page-lock `host`, if the driver lets us; torch's own would be rounded up and stay after it is freed.
+
+    Whoever asks for it unlocks the pages before `host` is freed.
+    """
     result = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0)
     if int(result) == 0:
         return True
@@ -137,5 +140,6 @@ def _pin(host: torch.Tensor, devices: Collection[torch.device]) -> bool:
     return False
 
 
-def _unpin(host: torch.Tensor) -> None:
+def unlock_pages(host: torch.Tensor) -> None:
+    """Undo `page_lock`."""
     torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(host.data_ptr()))

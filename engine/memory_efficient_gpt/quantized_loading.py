@@ -24,6 +24,7 @@ from memory_efficient_gpt.loading import (
     check_checkpoint,
     load_config,
     load_model,
+    quantization_settings,
     resolve_dtype,
     resolve_model,
 )
@@ -137,11 +138,16 @@ def load(
     causal_model_class(model_config)
     told("loading weights", 0.1)
     dtype, _ = resolve_dtype(config.dtype, model_config, device)
-    model = load_model(folder, model_config, dtype=dtype, device=device)
+    quantizes = quantization_settings(folder) is None and (
+        bool(wanted.rules) or (wanted.scheme or INT4).kind != "none"
+    )
+    home = torch.device("cpu") if quantizes else device  # float weights go to a GPU one by one then
+    model = load_model(folder, model_config, dtype=dtype, device=home)
     with apart(device):
         report = quantize(
-            model, wanted, config, default=INT4, progress=lambda phase, share: told(phase, 0.4 + 0.6 * share)
-        )
+            model, wanted, config, default=INT4, device=device,
+            progress=lambda phase, share: told(phase, 0.4 + 0.6 * share),
+        )  # fmt: skip
     told("ready", 1.0)
     return model, folder, report
 
@@ -152,10 +158,12 @@ def quantize(
     config: EngineConfig,
     *,
     default: Scheme,
+    device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> QuantizationReport:
     """Store the weights of `model` as wished, in place, or as `default` if no scheme was.
 
+    device: where the model is to be, if it is not there yet.
     Raises ConfigError if they are quantized otherwise already.
     """
     present = main_scheme(model)
@@ -176,8 +184,10 @@ def quantize(
     for note in bitsandbytes.left_alone(layers, scheme):
         logger.warning(note)
     told = None if progress is None else (lambda name, share: progress(f"quantizing {name}", share))
-    kernels = cpu_kernels(config, model.device)
-    return quantize_model(model, plan, rounding=wanted.rounding, kernels=kernels, progress=told)
+    kernels = cpu_kernels(config, device or model.device)
+    return quantize_model(
+        model, plan, rounding=wanted.rounding, kernels=kernels, progress=told, device=device
+    )
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:

@@ -90,14 +90,19 @@ def work(engine: Engine) -> None:
 
 
 class Taken:
-    """Bytes that a loaded engine took: of torch's, of the device's; and of the device's after work."""
+    """Bytes that a loaded engine took: of torch's, of the device's; and of the device's after work.
+
+    peak: most bytes of torch's while it was loaded.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         free()
         torch_before, device_before = torch.cuda.memory_allocated(), used()
+        torch.cuda.reset_peak_memory_stats()
         engine = Engine.load(config)
         try:
             torch.cuda.synchronize()
+            self.peak = torch.cuda.max_memory_allocated() - torch_before
             self.info = engine.info
             self.allocated = torch.cuda.memory_allocated() - torch_before
             self.loaded = used() - device_before
@@ -119,10 +124,12 @@ def measured(model: str, options: dict[str, Any], kv_bytes: int) -> tuple[Memory
 
 
 def tell(name: str, options: dict[str, Any], predicted: MemoryEstimate, taken: Taken) -> None:
+    both = predicted.weights_bytes + predicted.kv_cache_bytes
     pairs = {
         "weights": (predicted.weights_bytes, taken.info.weights_bytes),
         "KV cache": (predicted.kv_cache_bytes, taken.info.kv_cache_bytes),
-        "both, of torch": (predicted.weights_bytes + predicted.kv_cache_bytes, taken.allocated),
+        "both, of torch": (both, taken.allocated),
+        "at most while loading": (max(predicted.load_peak_bytes, both), taken.peak),
         "all but the context, at work": (predicted.total_bytes - CUDA_CONTEXT_BYTES, taken.worked),
     }
     for what, (said, found) in pairs.items():
@@ -158,4 +165,5 @@ def test_an_8b_model_takes_what_was_predicted_within_five_percent(
     both = predicted.weights_bytes + predicted.kv_cache_bytes
     assert taken.allocated == pytest.approx(both, rel=TOLERANCE)
     assert taken.loaded == pytest.approx(both, rel=TOLERANCE), "loading has left something behind"
+    assert taken.peak <= max(predicted.load_peak_bytes, both) + SLACK
     assert taken.worked == pytest.approx(predicted.total_bytes - CUDA_CONTEXT_BYTES, rel=TOLERANCE)

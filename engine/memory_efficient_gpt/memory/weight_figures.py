@@ -94,7 +94,7 @@ def _from_float(
         bitsandbytes.require()
     plan = uniform_plan(architecture.layers, scheme)
     num_bytes = quantized_bytes(architecture, plan, layout, pack_experts=packed)
-    peak = num_bytes if device.type == "cpu" else peak_while_quantizing(architecture, plan)
+    peak = num_bytes if device.type == "cpu" else peak_while_quantizing(architecture, plan, num_bytes)
     notes: tuple[str, ...] = ()
     if peak > num_bytes:
         notes = (

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from memory_efficient_gpt.device_reads import AHEAD_BYTES
 from memory_efficient_gpt.fusion.structures import KINDS
 from memory_efficient_gpt.native.layers import NativeExperts
 from memory_efficient_gpt.native.packed_weight import BLOCK, pack
 from memory_efficient_gpt.quantization.checkpoint import empty_weight
 from memory_efficient_gpt.quantization.layers import Layer, find_layers
+from memory_efficient_gpt.quantization.rounding import PART_ELEMENTS
 from memory_efficient_gpt.quantization.scheme import UNQUANTIZED, Scheme
 from memory_efficient_gpt.quantization.triton_weights import code_of
 from memory_efficient_gpt.triton_kernels import packing
@@ -40,7 +42,7 @@ _BNB_TABLE_BYTES = 64
 _BNB_NESTED_BYTES = 256 * 4 + 4
 """The values that nested scales' codes stand for, and their offset."""
 _SEARCH_BYTES = 12
-"""For each weight of the matrix that is being quantized by torch: float32 copies, measured on an H100."""
+"""For each weight of those that are quantized together by torch: float32 copies, measured on an H100."""
 
 
 @dataclass(slots=True)
@@ -98,10 +100,15 @@ def quantized_bytes(
     return total
 
 
-def peak_while_quantizing(architecture: Architecture, plan: Mapping[str, Scheme]) -> int:
-    """Bytes on a GPU at the worst moment: all float weights, and the search for the largest one's codes."""
+def peak_while_quantizing(architecture: Architecture, plan: Mapping[str, Scheme], num_bytes: int) -> int:
+    """Bytes on a GPU at the worst moment, which is assumed at the end, when `num_bytes` are there already.
+
+    Besides them: the largest float weight, those that are read ahead, and the search for codes.
+    """
     sizes = [n * k for layer in architecture.layers if layer.name in plan for n, k in (layer.shape,)]
-    return architecture.float_bytes + _SEARCH_BYTES * max(sizes, default=0)
+    largest = max(sizes, default=0)
+    floats = min(architecture.float_bytes, 2 * largest * architecture.dtype.itemsize + AHEAD_BYTES)
+    return num_bytes + floats + _SEARCH_BYTES * min(largest, PART_ELEMENTS)
 
 
 def main_scheme(layers: Sequence[Layer], plan: Mapping[str, Scheme]) -> Scheme | None:

@@ -63,14 +63,15 @@ def left_alone(layers: Sequence[Layer], scheme: Scheme) -> tuple[str, ...]:
     return tuple(f"{count} weights are not stored as {scheme}: {why}" for why, count in reasons.items())
 
 
-def hold_bitsandbytes(model: nn.Module, layer: Layer, scheme: Scheme) -> None:
-    """Put a module of bitsandbytes in place of a linear layer, on its device; the float weight is dropped.
+def hold_bitsandbytes(model: nn.Module, layer: Layer, scheme: Scheme, weight: torch.Tensor) -> None:
+    """Put a module of bitsandbytes in place of a linear layer; its float weight is dropped.
 
+    weight: the layer's, on the device where the module is to be.
     Raises ConfigError for a layer that cannot be stored so, ValueError for NaN and infinity.
     """
     if (reason := unsuited(layer, scheme)) is not None:
         raise ConfigError([f"{layer.name} cannot be stored as {scheme}: {reason}."])
-    own, weight = layer.holders[0][0], layer.weight()
+    own = layer.holders[0][0]
     if not bool(weight.isfinite().all()):
         raise ValueError("weights hold NaN or infinity")
     module = _quantized(weight, scheme)

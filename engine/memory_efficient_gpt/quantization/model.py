@@ -2,21 +2,22 @@
 
 Purpose: put quantized weights where float ones were, as a plan says, and report what became of every byte.
 Does not know: files, the engine, how a plan was made.
-Invariant: a float weight is dropped before the next one is quantized, so the peak is the model plus one
-layer; what stays float is listed with its bytes.
+Invariant: a float weight is dropped before the next one is quantized; what stays float is listed with its
+bytes. A device that the model is brought to while it is quantized never has all its float weights.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, cast
 
 import torch
 from torch import nn
 
+from memory_efficient_gpt.device_reads import bring
 from memory_efficient_gpt.errors import UnsupportedModelError
 from memory_efficient_gpt.native.ops import Kernels
 from memory_efficient_gpt.native.packed_weight import PackedWeight
@@ -77,9 +78,12 @@ def quantize_model(
     importances: Mapping[str, torch.Tensor] | None = None,
     kernels: Kernels | None = None,
     progress: Progress | None = None,
+    device: torch.device | None = None,
 ) -> QuantizationReport:
     """Quantize the weights that `plan` names; changes the model in place.
 
+    device: where the model is to be; None leaves it where it is. Weights are brought there one by one, so
+    that it needs room for the quantized ones and a few others, never for all float ones.
     importances: mean squares `[K]` of each layer's inputs by name; absent ones count all inputs alike.
     kernels: search natively where weights are on the CPU; None searches in torch.
     rounding "hqq" holds for schemes with zero points, the others are searched.
@@ -89,26 +93,39 @@ def quantize_model(
     layers = [layer for layer in find_layers(model) if layer.name in plan and plan[layer.name].kind != "none"]
     if any(layer.role == "experts" for layer in layers):
         index_experts_one_by_one(model)
+    weights = _brought(layers, device or model.device)
     for number, layer in enumerate(layers):
         if progress is not None:
             progress(layer.name, number / len(layers))
+        weight = next(weights)
         scheme = report.schemes[layer.name] = plan[layer.name]
         if scheme.by_bitsandbytes:
-            hold_bitsandbytes(model, layer, scheme)
+            hold_bitsandbytes(model, layer, scheme, weight)
+            del weight
             continue
-        weight = quantize_weight(
-            layer.weight(),
+        quantized = quantize_weight(
+            weight,
             scheme,
             rounding=rounding_of(scheme, rounding),
             importance=(importances or {}).get(layer.name),
             kernels=kernels,
         )
-        put_weight(layer, weight)
+        put_weight(layer, quantized)
+        del weight, quantized
+    if device is not None:
+        nn.Module.to(model, device)  # transformers' own refuses models that are quantized
     describe_itself(model)
     report.bytes_after = weight_bytes(model)
     report.kept = _float_bytes(model)
     logger.info(report.summary())
     return report
+
+
+def _brought(layers: Sequence[Layer], device: torch.device) -> Iterator[torch.Tensor]:
+    """The float weight of each, on `device`; while one is quantized the next ones are copied there."""
+    if all(layer.weight().device.type == device.type for layer in layers):
+        return (layer.weight() for layer in layers)
+    return bring([layer.weight for layer in layers], device)
 
 
 def put_weight(layer: Layer, weight: QuantizedWeight) -> None:

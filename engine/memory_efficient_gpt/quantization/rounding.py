@@ -19,6 +19,7 @@ Letters: N outputs, K inputs, G groups, S inputs of a group.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal, cast, get_args
 
@@ -42,6 +43,8 @@ _HQQ_BETA: Final = 10.0
 _HQQ_KAPPA: Final = 1.01
 _TINY: Final = 1e-30
 _LEAST: Final = 1e-9
+PART_ELEMENTS: Final = 1 << 25
+"""That are looked at together, in whole rows: their float32 copies take half a gigabyte at most."""
 
 
 @dataclass(slots=True)
@@ -84,13 +87,15 @@ def quantize_weight(
     native = kernels is not None and weight.is_cpu and rounding == "search" and scheme.granularity != "tensor"
     if native and scheme.kind == "int":
         return _native_search(cast(Kernels, kernels), weight, scheme, importance)
-    weight = weight.float()
+    parts = (
+        [weight] if scheme.granularity == "tensor" else weight.split(max(1, PART_ELEMENTS // weight.shape[1]))
+    )
     if scheme.kind == "fp8":
-        return _to_fp8(weight, scheme)
-    groups = _split(weight, scheme, importance)
-    found = _search_by_kernel(weight, scheme, importance) if rounding == "search" else None
-    scales, offsets = found or _fit(groups, scheme, rounding)
-    return _store(weight, groups, scheme, scales, offsets)
+        return _to_fp8(weight.shape[1], parts, scheme)
+    fits = [_fit(part.float(), scheme, rounding, importance) for part in parts]
+    scales = torch.cat([scale for scale, _ in fits])
+    offsets = None if scheme.symmetric else torch.cat([cast(torch.Tensor, offset) for _, offset in fits])
+    return _store(weight.shape[1], parts, scheme, scales, offsets)
 
 
 def check_rounding(scheme: Scheme, rounding: str) -> None:
@@ -131,8 +136,15 @@ def _split(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None
     return _Groups(weight.view(n, groups, size), counts.view(1, groups, size))
 
 
-def _fit(groups: _Groups, scheme: Scheme, rounding: Rounding) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scales `[N, G, 1]` and offsets (likewise, None for a symmetric scheme), in float32."""
+def _fit(
+    weight: torch.Tensor, scheme: Scheme, rounding: Rounding, importance: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales `[N, G, 1]` and offsets (likewise, None for a symmetric scheme), in float32 as the weight is."""
+    if rounding == "search":
+        found = _search_by_kernel(weight, scheme, importance)
+        if found is not None:
+            return found
+    groups = _split(weight, scheme, importance)
     if scheme.symmetric:
         if rounding == "nearest":
             return _largest(groups.weight) / (scheme.middle - 1), None
@@ -280,34 +292,52 @@ def _as_stored(
 
 
 def _store(
-    weight: torch.Tensor, groups: _Groups, scheme: Scheme, scales: torch.Tensor, offsets: torch.Tensor | None
+    num_inputs: int,
+    parts: Sequence[torch.Tensor],
+    scheme: Scheme,
+    scales: torch.Tensor,
+    offsets: torch.Tensor | None,
 ) -> QuantizedWeight:
-    """Round scales and offsets to float16, choose codes against them, pack."""
-    n, k = weight.shape
+    """Round scales and offsets to float16, choose codes of each part of the rows against them, pack."""
     unit, stored, stored_offsets = _as_stored(
         scales.squeeze(-1), offsets.squeeze(-1) if offsets is not None else None
     )
-    scale = stored.float().unsqueeze(-1) * unit
-    if stored_offsets is not None:
-        codes = _codes(groups.weight, scale, stored_offsets.float().unsqueeze(-1) * unit, scheme)
-    else:
-        codes = _signed_codes(groups.weight, scale, scheme) + scheme.middle
-    codes = codes.to(torch.uint8).reshape(n, -1)[:, :k].contiguous()
+    rows = [len(part) if scheme.granularity != "tensor" else 1 for part in parts]
+    steps = (stored.float() * unit).split(rows)
+    shifts = (
+        (stored_offsets.float() * unit).split(rows) if stored_offsets is not None else [None] * len(parts)
+    )
+    codes = [
+        _packed_codes(part.float(), scheme, step, shift)
+        for part, step, shift in zip(parts, steps, shifts, strict=True)
+    ]
     return QuantizedWeight(
-        scheme,
-        k,
-        pack_nibbles(codes) if scheme.bits == 4 else codes,
-        stored,
-        stored_offsets,
-        torch.tensor(unit, device=weight.device),
+        scheme, num_inputs, torch.cat(codes), stored, stored_offsets, torch.tensor(unit, device=scales.device)
     )
 
 
-def _to_fp8(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
-    scales = _largest(weight) / FP8_MAX
+def _packed_codes(
+    weight: torch.Tensor, scheme: Scheme, scales: torch.Tensor, offsets: torch.Tensor | None
+) -> torch.Tensor:
+    """Codes of a weight `[N, K] float32` against scales and offsets `[N, G]` as they are stored, packed."""
+    n, k = weight.shape
+    groups = _split(weight, scheme, None)
+    if offsets is not None:
+        codes = _codes(groups.weight, scales.unsqueeze(-1), offsets.unsqueeze(-1), scheme)
+    else:
+        codes = _signed_codes(groups.weight, scales.unsqueeze(-1), scheme) + scheme.middle
+    codes = codes.to(torch.uint8).reshape(n, -1)[:, :k].contiguous()
+    return pack_nibbles(codes) if scheme.bits == 4 else codes
+
+
+def _to_fp8(num_inputs: int, parts: Sequence[torch.Tensor], scheme: Scheme) -> QuantizedWeight:
+    scales = torch.cat([_largest(part.float()) for part in parts]) / FP8_MAX
     unit = choose_unit(float(scales.max()))
     stored = (scales / unit).half().clamp_min(torch.finfo(torch.float16).smallest_normal)
-    codes = (weight / (stored.float() * unit)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return QuantizedWeight(
-        scheme, weight.shape[1], codes, stored, None, torch.tensor(unit, device=weight.device)
-    )
+    steps = (stored.float() * unit).split([len(part) for part in parts])
+    codes = [
+        (part.float() / step).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        for part, step in zip(parts, steps, strict=True)
+    ]
+    unit_tensor = torch.tensor(unit, device=scales.device)
+    return QuantizedWeight(scheme, num_inputs, torch.cat(codes), stored, None, unit_tensor)

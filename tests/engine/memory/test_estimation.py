@@ -234,17 +234,23 @@ def llama_8b() -> LlamaConfig:
 
 
 @pytest.mark.parametrize(
-    ("quantization", "weights", "peak"),
-    [(None, 16_060_522_496, 16_060_522_496), ("int4-g128", 4_650_431_488, 22_365_861_376)],
+    ("quantization", "weights"), [(None, 16_060_522_496), ("int4-g128", 4_650_431_488)], ids=str
 )
-def test_an_8b_model_takes_what_was_measured_on_an_h100(quantization: Any, weights: int, peak: int) -> None:
+def test_an_8b_model_takes_what_was_measured_on_an_h100(quantization: Any, weights: int) -> None:
     config = EngineConfig(model="8b", quantization=quantization, max_model_len=8192, max_num_seqs=1)
     found = estimate_config(llama_8b(), config, device=torch.device("cuda"), free_bytes=80 * 10**9)
     assert found.weights_bytes == weights
-    assert found.load_peak_bytes == pytest.approx(peak, rel=0.01)
     assert found.kv_cache_bytes == (8192 // 64 + 1) * 64 * 32 * 2 * 8 * 128 * 2
     assert found.device == "cuda"
     assert (found.load_peak_bytes > weights) == any("quantized while loading" in n for n in found.notes)
+
+
+def test_quantizing_while_loading_needs_a_gpu_with_room_for_a_few_float_weights_only() -> None:
+    config = EngineConfig(model="8b", quantization="int4-g128", max_model_len=8192, max_num_seqs=1)
+    found = estimate_config(llama_8b(), config, device=torch.device("cuda"), free_bytes=80 * 10**9)
+    head = 128256 * 4096
+    assert found.load_peak_bytes == found.weights_bytes + 2 * (2 * head) + (512 << 20) + 12 * (1 << 25)
+    assert found.load_peak_bytes < 8 * 10**9, "it would not fit a GPU of 8 GB"
 
 
 GRANULES = 64 * (2 << 20)

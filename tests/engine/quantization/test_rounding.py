@@ -162,3 +162,21 @@ def test_native_codes_are_the_nearest_to_what_is_stored(kernels: Kernels) -> Non
         inside = (quantized.integer_codes() > 0) & (quantized.integer_codes() < 2**quantized.scheme.bits - 1)
         wrong = (quantized.dequantize(torch.float64) - weight.double()).abs()
         assert (wrong <= steps * 0.501)[inside].all()
+
+
+@pytest.mark.parametrize(
+    ("name", "rounding"),
+    [(n, r) for n in SCHEMES for r in ("nearest", "search")] + [(n, "hqq") for n in SCHEMES if "asym" in n],
+)
+def test_a_large_weight_is_quantized_part_by_part(
+    name: str, rounding: Rounding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme, weight = parse_scheme(name), draw(40, 257)
+    importance = torch.rand(257, generator=torch.Generator().manual_seed(1))
+    whole = quantize_weight(weight, scheme, rounding=rounding, importance=importance)
+    monkeypatch.setattr("memory_efficient_gpt.quantization.rounding.PART_ELEMENTS", 7 * 257)
+    parts = quantize_weight(weight, scheme, rounding=rounding, importance=importance)
+    assert torch.equal(parts.codes.view(torch.uint8), whole.codes.view(torch.uint8))
+    assert torch.equal(parts.scales, whole.scales) and torch.equal(parts.unit, whole.unit)
+    if whole.offsets is not None:
+        assert parts.offsets is not None and torch.equal(parts.offsets, whole.offsets)
