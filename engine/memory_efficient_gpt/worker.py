@@ -47,6 +47,7 @@ from memory_efficient_gpt.frames import (
     encode,
     encode_events,
 )
+from memory_efficient_gpt.progress import PhaseClock
 from memory_efficient_gpt.request import FinishReason, Request, SequenceEvent
 from memory_efficient_gpt.wire import FrameError, unpack_record
 from memory_efficient_gpt.worker_channel import ConnectionClosedError, FrameChannel
@@ -155,10 +156,12 @@ def _exit_on_signal(signum: int, _frame: object) -> None:
 def _load(channel: FrameChannel, config: EngineConfig, load: LoadEngine) -> StepEngine | None:
     """The engine, once the server has been told; or None once it has been told why not."""
 
+    started, clock = time.monotonic(), PhaseClock()
+
     def report(phase: str, fraction: float) -> None:
+        clock.tell(phase)
         channel.send(encode(Progress(phase, fraction)))
 
-    started = time.monotonic()
     try:
         engine = load(config, report)
     except ConnectionClosedError:
@@ -173,7 +176,8 @@ def _load(channel: FrameChannel, config: EngineConfig, load: LoadEngine) -> Step
         channel.send(encode(Failed(error)))
         channel.flush(timeout_s=LAST_WORDS_S)
         return None
-    logger.info("Loaded %s in %.2f s.", config.model, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    logger.info("Loaded %s in %.2f s: %s.", config.model, seconds, clock.summary() or "no phases")
     channel.send(encode(Ready(engine.info)))
     return engine
 
