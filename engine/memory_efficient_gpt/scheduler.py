@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Final
 
 from memory_efficient_gpt.block_tables import BlockTables
 from memory_efficient_gpt.engine_info import EngineStats
@@ -23,6 +25,9 @@ from memory_efficient_gpt.repetition import Repetition
 from memory_efficient_gpt.request import FinishReason, SequenceEvent, TokenLogprob
 from memory_efficient_gpt.sequence import Chunk, Sample, Sequence, Status, Step, StepOutcome
 from memory_efficient_gpt.waiting import WaitingQueue
+
+_MOST_RIVALS: Final = 64
+"""Prompts that are looked at before a long one takes its part of a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +109,7 @@ class Scheduler:
         for position, seq in enumerate(candidates):
             if seq.status is not Status.RUNNING:
                 continue
-            num_tokens = self._num_tokens(step, seq, prompts=len(candidates) - position - 1)
+            num_tokens = self._num_tokens(step, seq, candidates[position + 1 :])
             if num_tokens <= 0:
                 continue
             missing = self._tables.missing(seq, num_tokens)
@@ -195,28 +200,26 @@ class Scheduler:
                 (decodes if missing == 1 and seq.num_scheduled > 0 else prompts).append(seq)
         return decodes + prompts
 
-    def _num_tokens(self, step: Step, seq: Sequence, *, prompts: int) -> int:
-        """How many of the sequence's next positions the step takes; `prompts`: as for `_chunk_limit`."""
-        wanted = seq.num_unscheduled
-        if (
-            wanted == 1
-        ):  # a decoding sequence needs no share: the limit is never below one while there is room
-            return min(1, self._config.max_batched_tokens - step.num_tokens)
-        return min(wanted, self._chunk_limit(step, prompts=prompts))
+    def _num_tokens(self, step: Step, seq: Sequence, others: list[Sequence]) -> int:
+        """How many of the sequence's next positions the step takes. others: running, and not in it yet.
 
-    def _chunk_limit(self, step: Step, *, prompts: int) -> int:
-        """Tokens the next prompt may take, with `prompts` running ones to come after it in this step.
-
-        A long prompt must not hold up the others: it leaves them their share of the step, and takes no
-        more than a quarter beside sequences that wait for their next token.
+        A long prompt must not hold up short ones: it leaves them room, and takes no more than a quarter of a
+        step beside sequences that wait for their next token.
         """
         limit = self._config.max_batched_tokens
-        room = limit - step.num_tokens
-        rivals = prompts + min(len(self._waiting), len(self._free_slots))
-        if not self._config.chunks or (not rivals and not step.num_decodes):
-            return room
-        share = 0 if step.num_decodes else room // (rivals + 1)
-        return min(room, max(limit // 4, share, self._allocator.block_size))
+        room, wanted = limit - step.num_tokens, seq.num_unscheduled
+        least = max(limit // 4, self._allocator.block_size)
+        if not self._config.chunks or wanted <= least or room <= least:
+            return min(wanted, room)
+        if step.num_decodes:
+            return least
+        return min(wanted, max(least, room - self._short_rivals(wanted // 2, others)))
+
+    def _short_rivals(self, most: int, others: list[Sequence]) -> int:
+        """Tokens of prompts that need no more than `most`. An even share would serve nobody sooner."""
+        waiting = islice(self._waiting, min(len(self._free_slots), _MOST_RIVALS))
+        needs = (seq.num_unscheduled for seq in chain(others[:_MOST_RIVALS], waiting))
+        return sum(need for need in needs if need <= most)
 
     def _make_room(self, seq: Sequence, num_tokens: int, victims: list[Sequence]) -> bool:
         """Free blocks until `seq` can be extended, newest victim first, itself last; True if any fell."""
@@ -278,7 +281,7 @@ class Scheduler:
             self._waiting.remove(seq)
             self._start(seq)
             self._tables.reserve_prompt(seq)
-            self._schedule(step, seq, min(seq.num_unscheduled, self._chunk_limit(step, prompts=0)))
+            self._schedule(step, seq, self._num_tokens(step, seq, []))
 
     def _find_room(self, seq: Sequence) -> bool:
         """Whether all of the prompt fits now; if so, it has taken its cached blocks."""

@@ -91,12 +91,33 @@ def test_a_heavy_client_does_not_starve_a_light_one() -> None:
     harness.run()
 
 
-def test_prompts_share_a_step_that_no_decode_waits_for() -> None:
-    harness = Harness(budget=64, num_blocks=100)
-    for name in ("a", "b"):
-        harness.submit(name, [3 + ord(name)] * 150, max_tokens=1)
+def chunks_of(harness: Harness, step: int) -> dict[str, int]:
+    return {chunk.seq.request.id: chunk.num_tokens for chunk in harness.steps[step].chunks}
+
+
+def test_prompts_of_one_length_are_computed_one_after_the_other() -> None:
+    harness = Harness(budget=64, num_blocks=200)
+    for name in ("a", "b", "c"):
+        harness.submit(name, [3 + ord(name)] * 64, max_tokens=1)
+    harness.run()
+    assert [chunks_of(harness, step) for step in range(3)] == [{"a": 64}, {"b": 64}, {"c": 64}]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_long_prompt_leaves_room_for_short_ones_and_keeps_a_quarter(waits: bool) -> None:
+    harness = Harness(budget=64, num_blocks=400)
+    harness.submit("long", [7] * 300, max_tokens=1)
+    if not waits:
+        harness.turn()
+    harness.submit("short", [8] * 10, max_tokens=1)
+    harness.submit("middling", [9] * 100, max_tokens=1)
+    harness.submit("longer", [10] * 280, max_tokens=1)
     harness.turn()
-    assert [c.num_tokens for c in harness.steps[0].chunks] == [32, 32]
+    assert chunks_of(harness, -1) == {"long": 16, "short": 10, "middling": 38}
+    harness.run()
+    ends = [event.request_id for event in harness.first_events]
+    assert ends.index("short") < ends.index("middling") < ends.index("long")
+    assert all(harness.outputs[name, 0] for name in ("long", "short", "middling", "longer"))
 
 
 def test_a_long_prompt_takes_a_quarter_of_a_step_beside_decodes() -> None:
@@ -133,8 +154,9 @@ def test_prompts_are_charged_when_admitted_so_that_clients_take_turns() -> None:
     for number in range(4):
         harness.submit(f"heavy{number}", [number + 1] * 90, max_tokens=2, client="heavy")
     harness.submit("light", [8] * 90, max_tokens=2, client="light")
-    harness.turn()  # the second place is light's, though nothing of heavy0 is finished
-    assert {c.seq.request.id for s in harness.steps for c in s.chunks} == {"heavy0", "light"}
+    harness.run()
+    order = list(dict.fromkeys(c.seq.request.id for s in harness.steps for c in s.chunks))
+    assert order == ["heavy0", "light", "heavy1", "heavy2", "heavy3"]
 
 
 def test_unusable_values_are_not_left_in_the_prefix_cache() -> None:
