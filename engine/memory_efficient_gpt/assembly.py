@@ -106,7 +106,9 @@ def assemble(config: EngineConfig, progress: Callable[[str, float], None]) -> Pa
     origin = quantization_notes(folder)
     model_config = load_config(folder)
     progress("probing the architecture", 0.1)
-    decision = decide_tier(model_config, forced=config.tier, max_model_len=config.max_model_len)
+    decision = decide_tier(
+        model_config, forced=config.tier, max_model_len=config.max_model_len, remembers=True
+    )
     dtype, notes = resolve_dtype(config.dtype, model_config, device)
     progress("loading weights", 0.3)
     quantizes = scheme is not None and quantization_settings(folder) is None

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 
+from memory_efficient_gpt import tier_proofs
 from memory_efficient_gpt.errors import UnsupportedModelError
 from memory_efficient_gpt.kv_cache.geometry import LayerKV, causal_model_class, probe_geometry
 from memory_efficient_gpt.kv_cache.host_reads import rope_length_limit
@@ -65,27 +66,32 @@ class TierDecision:
 
 
 def decide_tier(
-    config: PreTrainedConfig, *, forced: Tier | None = None, max_model_len: int | None = None
+    config: PreTrainedConfig,
+    *,
+    forced: Tier | None = None,
+    max_model_len: int | None = None,
+    remembers: bool = False,
 ) -> TierDecision:
     """The best tier for the architecture that `config` describes; takes about a second, reads no weights.
 
     forced: "C" skips the probe; "B" makes a failed probe an error. max_model_len: the context length asked
-    for; one beyond what tier B can do exactly (see `TierDecision.max_model_len`) gives tier C. `config` and
-    the state of torch's random numbers are left as they are.
+    for; one beyond what tier B can do exactly (see `TierDecision.max_model_len`) gives tier C. remembers:
+    whether a proof of another process will do (see tier_proofs.py): not for a model that may have code of its
+    own. `config` and the state of torch's random numbers are left as they are.
     Raises UnsupportedModelError for models that do not generate text from left to right, and when tier B is
     forced in vain.
     """
     causal_model_class(config)
     if forced == "C":
         return TierDecision("C", "tier C was asked for")
-    decision = _probe(config, max_model_len)
+    decision = _probe(config, max_model_len, remembers=remembers)
     logger.info("%s: tier %s: %s", type(config).__name__, decision.tier, decision.reason)
     if forced == "B" and decision.tier != "B":
         raise UnsupportedModelError(f"tier B was asked for, but {decision.reason}. Leave the tier open.")
     return decision
 
 
-def _probe(config: PreTrainedConfig, max_model_len: int | None) -> TierDecision:
+def _probe(config: PreTrainedConfig, max_model_len: int | None, *, remembers: bool) -> TierDecision:
     limit = rope_length_limit(config)
     if limit is not None and max_model_len is not None and max_model_len > limit:
         return TierDecision(
@@ -99,16 +105,17 @@ def _probe(config: PreTrainedConfig, max_model_len: int | None) -> TierDecision:
             "C", f"it has {recurrent} layers, whose state runs through all tokens of a packed row"
         )
     try:
-        layers = probe_geometry(config)
-        error = _packed_error(config)
+        proof = _proof(config, remembers=remembers)
     except NotCausalError:
         raise
     except UnsupportedModelError as failure:
         _refuse_if_not_causal(config)
         return TierDecision("C", failure.message.rstrip("."))
-    if not error < TOLERANCE:
-        reason = f"packed execution differs from transformers' own by {error:.1e} (limit {TOLERANCE:.0e})"
-        return TierDecision("C", reason, error=error)
+    if not proof.error < TOLERANCE:
+        reason = (
+            f"packed execution differs from transformers' own by {proof.error:.1e} (limit {TOLERANCE:.0e})"
+        )
+        return TierDecision("C", reason, error=proof.error)
     notes: tuple[str, ...] = ()
     if limit is not None:
         notes = (
@@ -117,12 +124,22 @@ def _probe(config: PreTrainedConfig, max_model_len: int | None) -> TierDecision:
         )
     return TierDecision(
         "B",
-        f"packed execution equals transformers' own (relative error {error:.1e})",
-        layers,
+        f"packed execution equals transformers' own (relative error {proof.error:.1e})",
+        proof.layers,
         limit,
         notes,
-        error,
+        proof.error,
     )
+
+
+def _proof(config: PreTrainedConfig, *, remembers: bool) -> tier_proofs.Proof:
+    """Of this process, or of one before. Raises UnsupportedModelError when there is none."""
+    if remembers and (kept := tier_proofs.recall(config)) is not None:
+        return kept
+    proof = tier_proofs.Proof(probe_geometry(config), _packed_error(config))
+    if remembers and proof.error < TOLERANCE:
+        tier_proofs.keep(config, proof)
+    return proof
 
 
 def _recurrent_kinds(config: PreTrainedConfig) -> str:

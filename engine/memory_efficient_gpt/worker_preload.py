@@ -8,12 +8,30 @@ The environment must already hold `PRELOAD_ENVIRONMENT` (memory_efficient_gpt.wo
 server starts: OpenMP and OpenBLAS read it once, as they are loaded.
 """
 
+from importlib.util import find_spec
+
 import tokenizers  # noqa: F401
-import torch  # noqa: F401
+import torch
 import transformers.models.gpt2.modeling_gpt2
 import transformers.models.llama.modeling_llama
 import transformers.models.qwen2.modeling_qwen2
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
-import memory_efficient_gpt.core  # noqa: F401
+import memory_efficient_gpt.core
+import memory_efficient_gpt.fusion.apply
+import memory_efficient_gpt.fusion.merge  # noqa: F401
+
+if (
+    torch.version.cuda is not None and find_spec("triton") is not None
+):  # half a second of reading kernels' sources
+    from memory_efficient_gpt.triton_kernels import (  # noqa: F401
+        attention_launch,
+        experts,
+        layers,
+        linear,
+        search,
+        token_choice,
+        trial,
+        turned_write,
+    )

@@ -135,13 +135,15 @@ def _tier(model_config: PreTrainedConfig, config: EngineConfig) -> TierDecision:
     decision = _probe_once(_Described(text, model_config), config.tier)
     limit = decision.max_model_len
     if limit is not None and config.max_model_len is not None and config.max_model_len > limit:
-        return decide_tier(model_config, forced=config.tier, max_model_len=config.max_model_len)
+        return decide_tier(
+            model_config, forced=config.tier, max_model_len=config.max_model_len, remembers=True
+        )
     return decision
 
 
 @functools.lru_cache(maxsize=64)
 def _probe_once(described: _Described, forced: TierName | None) -> TierDecision:
-    return decide_tier(described.config, forced=forced)
+    return decide_tier(described.config, forced=forced, remembers=True)
 
 
 @dataclass(frozen=True, slots=True)

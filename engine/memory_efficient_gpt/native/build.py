@@ -142,11 +142,15 @@ def find_compiler() -> list[str] | Unavailable:
     return Unavailable(f"no C++ compiler found (looked for {names}); install one or set CXX")
 
 
+def cache_root() -> Path:
+    """Where everything is kept that is made once for a machine."""
+    root = os.environ.get("MEGPT_CACHE_DIR")
+    return Path(root) if root else Path.home() / ".cache" / "memory_efficient_gpt"
+
+
 def cache_folder() -> Path:
     """Where compiled libraries are kept."""
-    root = os.environ.get("MEGPT_CACHE_DIR")
-    base = Path(root) if root else Path.home() / ".cache" / "memory_efficient_gpt"
-    return base / "native"
+    return cache_root() / "native"
 
 
 def _build(
