@@ -22,16 +22,7 @@ import memory_efficient_gpt.core
 import memory_efficient_gpt.fusion.apply
 import memory_efficient_gpt.fusion.merge  # noqa: F401
 
-if (
-    torch.version.cuda is not None and find_spec("triton") is not None
-):  # half a second of reading kernels' sources
-    from memory_efficient_gpt.triton_kernels import (  # noqa: F401
-        attention_launch,
-        experts,
-        layers,
-        linear,
-        search,
-        token_choice,
-        trial,
-        turned_write,
-    )
+if torch.version.cuda is not None and find_spec("triton") is not None:
+    from memory_efficient_gpt.triton_kernels.read_ahead import read_ahead
+
+    read_ahead()
