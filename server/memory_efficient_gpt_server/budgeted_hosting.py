@@ -13,9 +13,9 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from memory_efficient_gpt.config import EngineConfig, KVCacheDtype
 from memory_efficient_gpt.errors import CheckpointError, ConfigError
@@ -32,16 +32,24 @@ from memory_efficient_gpt_server.registry.owner import Registry
 from memory_efficient_gpt_server.registry.records import Policy
 from memory_efficient_gpt_server.registry.sizing import (
     UNQUANTIZED,
-    KvLimits,
     compute_device,
     facts_of_config,
     sized,
 )
-from memory_efficient_gpt_server.registry.variants import HOST, ModelEntry, VariantKey, per_device
+from memory_efficient_gpt_server.registry.variants import (
+    HOST,
+    KvLimits,
+    ModelEntry,
+    VariantKey,
+    per_device,
+)
 from memory_efficient_gpt_server.supervision import WorkerLimits
 from memory_efficient_gpt_server.workers import WorkerModel
 
 logger = logging.getLogger(__name__)
+
+MOST_PROVISIONS: Final = 256
+"""Of a model, with the limits of its KV cache: clients choose variants, and limits may change."""
 
 
 def budgeted_catalog(
@@ -106,7 +114,7 @@ def _hosted(
     return HostedModel(
         _entry(model),
         VariantKey(model.id),
-        cache(partial(_provide, config, budget_bytes, _kv_limits(model), worker)),
+        lru_cache(MOST_PROVISIONS)(partial(_provide, config, budget_bytes, worker)),
         at_start=model.load == "start",
         choices=_choices(model, folder),
     )
@@ -124,10 +132,6 @@ def _entry(model: ModelSettings) -> ModelEntry:
         kv_soft_limit_bytes=model.kv_soft_limit_bytes,
         kv_hard_limit_bytes=model.kv_hard_limit_bytes,
     )
-
-
-def _kv_limits(model: ModelSettings) -> KvLimits:
-    return KvLimits(model.kv_soft_limit_bytes, model.kv_hard_limit_bytes)
 
 
 def _choices(model: ModelSettings, folder: Path) -> Choices:
@@ -154,9 +158,9 @@ def _require_choosable(hosted: Sequence[HostedModel]) -> None:
 def _provide(
     config: EngineConfig,
     budget_bytes: int,
-    limits: KvLimits,
     worker: Callable[..., WorkerModel],
     key: VariantKey,
+    limits: KvLimits,
 ) -> Provision:
     if key.quantization is not None:
         config = replace(config, quantization=None if key.quantization == UNQUANTIZED else key.quantization)
@@ -223,7 +227,9 @@ def _budgets(
 def _require_room(hosted: Sequence[HostedModel], budgets: dict[str, Budget]) -> None:
     """Raises ConfigError if what is to be loaded at start doesn't fit together."""
     first = [model for model in hosted if model.at_start]
-    needed = per_device([amount for m in first for amount in m.provide(m.key).estimate.awake()])
+    needed = per_device(
+        [amount for m in first for amount in m.provide(m.key, m.entry.kv_limits).estimate.awake()]
+    )
     problems = [
         f"the models with load: start ({', '.join(model.id for model in first)}) take {size:,} bytes of "
         f"{device} together; {_limit_of(device, budgets)} is {budgets[device].total_bytes:,}. Raise it, or "

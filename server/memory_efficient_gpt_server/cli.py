@@ -25,6 +25,7 @@ from memory_efficient_gpt_server.commands import (
     kernels,
     load,
     models,
+    operations,
     plan,
     ps,
     quantize,
@@ -39,8 +40,8 @@ from memory_efficient_gpt_server.commands import (
 from memory_efficient_gpt_server.commands import set as set_settings
 
 COMMANDS: Final = (
-    serve, generate, chat, plan, quantize, models, ps, load, unload, sleep, wake, set_settings, queue, events,
-    top, bench, kernels, doctor, version,
+    serve, generate, chat, plan, quantize, models, ps, load, unload, sleep, wake, set_settings, queue,
+    operations, events, top, bench, kernels, doctor, version,
 )  # fmt: skip
 
 EXIT_FAILED: Final = 1
@@ -55,8 +56,9 @@ start here:
   megpt quantize demo --scheme int4 --out demo-int4
                                        store its weights in a quarter of the bytes
   megpt plan demo demo-mha             what models will take in memory, and whether they fit
-  megpt top                            watch the models of a running server; models, ps, queue and events
-                                       tell more of them; load, unload, sleep, wake and set change them
+  megpt top                            watch the models of a running server; models, ps, queue, operations
+                                       and events tell more of them; load, unload, sleep, wake and set
+                                       change them
   megpt doctor                         what this machine offers, and what is wrong with it
 
 `megpt COMMAND --help` explains a command with examples. A MODEL is the name of a bundled model

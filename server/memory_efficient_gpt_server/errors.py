@@ -186,6 +186,26 @@ class BudgetTooSmallError(ConflictError):
         self.details = details
 
 
+class EvictionNeededError(ConflictError):
+    """A load for which nobody may leave, and somebody would have to. `details`: the plan, for the body."""
+
+    code = "eviction_needed"
+
+    def __init__(self, message: str, details: Mapping[str, Any]) -> None:
+        super().__init__(message, param="evict")
+        self.details = details
+
+
+class KvLimitTooSmallError(ConflictError):
+    """A hard limit in which no request of full length would fit. `details`: the figures, for the body."""
+
+    code = "kv_limit_too_small"
+
+    def __init__(self, message: str, details: Mapping[str, Any]) -> None:
+        super().__init__(message, param="kv_hard_limit_bytes")
+        self.details = details
+
+
 class OperationCancelledError(ConflictError):
     """An administrator called the operation off while it went on."""
 
@@ -234,6 +254,9 @@ _KINDS: Final[dict[type[BaseException], ErrorKind]] = {
     InsufficientMemoryError: ErrorKind(507, "insufficient_memory_error"),
     RequestTimeoutError: ErrorKind(504, "server_error"),
 }
+_DETAILED: Final = (
+    InsufficientMemoryError, BudgetTooSmallError, KvLimitTooSmallError, EvictionNeededError,
+)  # fmt: skip
 _INTERNAL: Final = ErrorKind(500, "server_error")
 _HTTP_CODES: Final = {404: "not_found", 405: "method_not_allowed"}
 
@@ -270,7 +293,7 @@ def answer_for(error: BaseException, request_id: str) -> ErrorAnswer:
     if not isinstance(error, MegptError) or kind is _INTERNAL:
         message = f"The server failed on this request; its log has the details under id {request_id}."
         return ErrorAnswer(kind.status, message, kind.type, MegptError.code)
-    details = error.details if isinstance(error, InsufficientMemoryError | BudgetTooSmallError) else {}
+    details = error.details if isinstance(error, _DETAILED) else {}
     return ErrorAnswer(
         kind.status, error.message, kind.type, error.code, error.param, _headers(error, kind), details
     )

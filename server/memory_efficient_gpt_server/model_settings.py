@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from memory_efficient_gpt.config import Dtype, EngineConfig, KVCacheDtype
 from memory_efficient_gpt.errors import ConfigError
 from memory_efficient_gpt.quantization.scheme import parse_scheme
+from memory_efficient_gpt_server.registry.variants import beyond_hard_limit
 from memory_efficient_gpt_server.variant_settings import Variants
 
 LIFECYCLE_FIELDS: Final = (
@@ -135,12 +136,9 @@ class ModelSettings(BaseModel):
         return self
 
     def _check_kv_limits(self) -> None:
-        hard = self.kv_hard_limit_bytes
-        if hard is None:
-            return
         for name in ("kv_soft_limit_bytes", "kv_cache_bytes"):
-            if (size := getattr(self, name)) is not None and size > hard:
-                raise ConfigError([f"{name} is {size:,}, more than kv_hard_limit_bytes, {hard:,}. Lower it."])
+            if problem := beyond_hard_limit(name, getattr(self, name), self.kv_hard_limit_bytes):
+                raise ConfigError([problem])
 
     def engine_config(self) -> EngineConfig:
         """The engine's view of this."""

@@ -9,6 +9,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from memory_efficient_gpt_server.registry.choice import Choices
+from memory_efficient_gpt_server.registry.variants import VariantKey
 from tests.server.registry.fake_engines import FakeHost
 from tests.server.staged_models import Start
 from tests.server.test_bad_requests import assert_error
@@ -176,6 +178,89 @@ def test_the_plan_says_who_would_go(stage: Start) -> None:
         }
         (entry,) = memory["entries"]
         assert entry == {"owner": "A", "device": "cpu", "kind": "weights", "stage": "measured", "bytes": 60}
+
+
+def test_the_plan_of_several_models_says_what_fits_together(stage: Start) -> None:
+    host = FakeHost(sizes={"A": 30, "B": 50, "C": 60, "B[quantization=int4]": 10})
+    host.choices["B"] = Choices((VariantKey("B", "int4"),))
+    with stage(host) as s:
+        s.ask("C")
+        two = s.client.post("/admin/plan", json={"loads": [{"model": "A"}, {"model": "B"}]}).json()
+        assert (two["fits"], two["verdict"], two["evict"]) == (True, "after_eviction", ["C"])
+        assert two["needed_bytes"] == {"cpu": 80} and two["would_fit"] == [] and two["eta_s"] > 0
+        loads: list[dict[str, Any]] = [{"model": "C"}, {"model": "A"}, {"model": "B"}]
+        three = s.client.post("/admin/plan", json={"loads": loads}).json()
+        assert (three["fits"], three["verdict"], three["evict"]) == (False, "never", [])
+        told = [(x["variant"], x["fits"], x["bytes"]["weights"], x["needed_bytes"]) for x in three["loads"]]
+        assert told == [
+            ("C", True, 60, {}), ("A", True, 30, {"cpu": 30}), ("B", False, 50, {"cpu": 50}),
+        ]  # fmt: skip
+        assert [(x["text"], x["loads"]) for x in three["would_fit"]] == [
+            ("with B[quantization=int4] for B", ["C", "A", "B[quantization=int4]"]),
+            ("without C", ["A", "B"]),
+            ("without B", ["C", "A"]),
+        ]
+        loads[2] = {"model": "B", "optimizations": {"quantization": "int4"}}
+        assert s.client.post("/admin/plan", json={"loads": loads}).json()["verdict"] == "now"
+        assert s.state("C") == "ready" and set(s.host.engines) == {"C"}
+
+
+def test_a_load_for_which_nobody_may_leave_is_refused_with_the_plan(stage: Start) -> None:
+    with stage(FakeHost(sizes={"C": 101})) as s:
+        s.ask("A")
+        refused = s.client.post("/admin/models/B/load", json={"evict": "never", "wait": True})
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"], error["param"]) == (409, "eviction_needed", "evict")
+        assert error["message"] == (
+            "Model B needs 60 bytes of cpu, more than is free, and nobody may leave for it: A would have to "
+            "leave. Unload a model, or load it with evict: auto."
+        )
+        assert (error["plan"]["verdict"], error["plan"]["evict"]) == ("after_eviction", ["A"])
+        never = s.client.post("/admin/models/C/load", json={"evict": "never"})
+        assert (never.status_code, never.json()["error"]["code"]) == (507, "insufficient_memory")
+        assert s.state("A") == "ready" and s.state("B") == "unloaded"
+        wrong = s.client.post("/admin/models/B/load", json={"evict": "always"})
+        assert_error(wrong, 400, code="invalid_value", param="evict")
+        failed = s.client.get("/admin/operations").json()["operations"][1]
+        assert (failed["options"], failed["error"]["code"]) == ({"evict": "never"}, "eviction_needed")
+        s.client.post("/admin/models/A/unload", json={"wait": True})
+        loaded = s.client.post("/admin/models/B/load", json={"evict": "never", "wait": True})
+        assert loaded.status_code == 200 and s.state("B") == "ready"
+        swapped = s.client.post("/admin/models/A/load", json={"evict": "auto", "wait": True})
+        assert swapped.status_code == 200 and s.state("B") == "unloaded"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "said"),
+    [
+        ({}, 400, "model", "model is required, or loads"),
+        ({"loads": []}, 400, "loads", "at least 1 item"),
+        ({"loads": [{"model": "A"}] * 65}, 400, "loads", "at most 64 items"),
+        ({"model": "A", "loads": [{"model": "B"}]}, 400, "loads", "Leave model out, or put it into loads"),
+        ({"optimizations": {}, "loads": [{"model": "B"}]}, 400, "loads", "Leave optimizations out"),
+        ({"loads": [{"model": "A"}, {"modle": "B"}]}, 400, "loads[1].model", "loads[1].model is required"),
+        (
+            {"loads": [{"model": "A", "evict": "auto"}]},
+            400,
+            "loads[0].evict",
+            "loads[0].evict is not a field",
+        ),
+        ({"loads": "A"}, 400, "loads", "loads must be"),
+        ({"loads": [{"model": "A"}, {"model": "A"}]}, 400, "loads[1]", "loads[1] is A, as loads[0] is"),
+        ({"loads": [{"model": "A"}, {"model": "D"}]}, 404, "loads[1].model", "There is no model 'D'"),
+        (
+            {"loads": [{"model": "A", "optimizations": {"quantization": "int4"}}]},
+            400,
+            "loads[0].optimizations.quantization",
+            "int4 was asked for",
+        ),
+    ],
+)
+def test_wrong_plans_are_refused_by_name(
+    stage: Start, body: dict[str, Any], status: int, param: str, said: str
+) -> None:
+    with stage() as s:
+        assert said in assert_error(s.client.post("/admin/plan", json=body), status, param=param)
 
 
 def test_metrics_tell_states_loads_evictions_and_bytes(stage: Start) -> None:

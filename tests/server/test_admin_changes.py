@@ -70,10 +70,44 @@ def test_settings_change_and_are_shown(stage: Start) -> None:
         assert_error(s.client.patch("/admin/models/D", json={"pinned": True}), 404, code="model_not_found")
 
 
+def test_limits_of_kv_memory_change_while_the_model_runs(stage: Start) -> None:
+    host = FakeHost(sizes={"A": 10})
+    host.kv["A"], host.kv_least["A"] = (30, 80), 5
+    with stage(host) as s:
+        s.ask("A")
+        limits = {"kv_soft_limit_bytes": 8, "kv_hard_limit_bytes": 12}
+        told = s.client.patch("/admin/models/A", json=limits)
+        assert told.status_code == 200 and limits.items() <= told.json().items()
+        s.until(lambda: s.client.get("/admin/models/A").json()["kv_bytes"] == 12)
+        both = s.client.patch("/admin/models/A", json={"kv_soft_limit_bytes": 13})
+        assert "more than kv_hard_limit_bytes, 12" in assert_error(both, 400, param="kv_soft_limit_bytes")
+        small = s.client.patch(
+            "/admin/models/A", json={"kv_soft_limit_bytes": None, "kv_hard_limit_bytes": 4}
+        )
+        error = small.json()["error"]
+        assert (small.status_code, error["code"]) == (409, "kv_limit_too_small")
+        assert (error["param"], error["kv_least_bytes"]) == ("kv_hard_limit_bytes", 5)
+        fixed = s.client.patch("/admin/models/B", json={"kv_hard_limit_bytes": 50})
+        assert "keeps its size" in assert_error(fixed, 400, param="kv_hard_limit_bytes")
+        free = s.client.patch("/admin/models/A", json=dict.fromkeys(limits)).json()
+        assert [free[name] for name in limits] == [None, None] and free["kv_bytes"] == 12
+
+
 @pytest.mark.parametrize(
     ("body", "said", "param"),
     [
-        ({}, "Give at least one of pinned, ttl_s, min_residency_s, priority", None),
+        ({}, "Give at least one of pinned, ttl_s, min_residency_s, priority, kv_soft_limit_bytes", None),
+        (
+            {"kv_hard_limit_bytes": 0},
+            "kv_hard_limit_bytes must be greater than or equal to 1",
+            "kv_hard_limit_bytes",
+        ),
+        (
+            {"kv_soft_limit_bytes": "64MiB"},
+            "kv_soft_limit_bytes must be a valid integer",
+            "kv_soft_limit_bytes",
+        ),
+        ({"kv_hard_limit_bytes": 1 << 70}, "kv_hard_limit_bytes must be", "kv_hard_limit_bytes"),
         ({"pined": True}, "pined is not a field that is known here", "pined"),
         ({"id": "B"}, "id is not a field", "id"),
         ({"pinned": None}, "pinned must be a valid boolean", "pinned"),

@@ -214,13 +214,58 @@ def test_a_model_that_is_registered_while_the_server_runs_has_its_limits(
     assert client.delete("/admin/models/d").is_success
 
 
+def test_limits_that_change_while_a_model_runs_hold_for_it_and_for_its_next_load(
+    client: httpx.Client,
+) -> None:
+    fields = {"model": "demo", "kv_soft_limit_bytes": SOFT, "kv_hard_limit_bytes": HARD, **FIELDS}
+    assert client.post("/admin/models", json={"id": "e", **fields}).status_code == 201
+    _ask(client, "e", 0)
+    told = client.get("/admin/models/e").json()
+    least = told["kv_least_bytes"]
+    assert told["kv_bytes"] == SOFT > least
+    too_small = client.patch(
+        "/admin/models/e", json={"kv_soft_limit_bytes": None, "kv_hard_limit_bytes": least - 1}
+    )
+    assert too_small.status_code == 409 and too_small.json()["error"]["kv_least_bytes"] == least
+    smaller = {"kv_soft_limit_bytes": None, "kv_hard_limit_bytes": least}
+    assert client.patch("/admin/models/e", json=smaller).is_success
+    _until_kv(client, "e", least)
+    assert _ask(client, "e", 1) == _ask(client, "a", 1), "one request of its length still fits"
+    larger = {"kv_soft_limit_bytes": 30 * BLOCK, "kv_hard_limit_bytes": 2 * HARD}
+    assert client.patch("/admin/models/e", json=larger).is_success
+    assert client.get("/admin/models/e").json()["kv_bytes"] == least, "it grows when it wants to"
+    assert client.post("/admin/models/e/unload", json={"wait": True}).is_success
+    _ask(client, "e", 2)
+    told = client.get("/admin/models/e").json()
+    assert told["kv_bytes"] == 30 * BLOCK and HARD < told["kv_most_bytes"] <= 2 * HARD
+    assert client.post("/admin/models/e/unload", json={"wait": True}).is_success
+    assert client.delete("/admin/models/e").is_success
+
+
+def test_a_given_size_is_no_more_than_a_limit_that_comes_later(client: httpx.Client) -> None:
+    fields = {"model": "demo", "kv_cache_bytes": 40 * BLOCK, **FIELDS}
+    assert client.post("/admin/models", json={"id": "f", **fields}).status_code == 201
+    refused = client.patch("/admin/models/f", json={"kv_hard_limit_bytes": 39 * BLOCK})
+    assert refused.status_code == 400 and f"begins with {40 * BLOCK:,} bytes" in refused.text
+    assert client.delete("/admin/models/f").is_success
+
+
+def _until_kv(client: httpx.Client, model: str, size: int) -> None:
+    for _ in range(100):
+        if client.get(f"/admin/models/{model}").json()["kv_bytes"] == size:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{model} has no {size} KV bytes")
+
+
 def test_the_limits_of_a_model_are_its_variants_too() -> None:
     model = {"model": "demo", "load": "on_demand", "variants": "any", "kv_hard_limit_bytes": HARD, **FIELDS}
     settings = load_settings({"models": [model], "memory_budget_bytes": 1 << 30}, {}).settings
     registry = _catalog(settings).registry
     assert isinstance(registry, Registry)
     for key in (VariantKey("demo"), VariantKey("demo", "int4"), VariantKey("demo", None, "int8")):
-        estimate = registry.models["demo"].provide(key).estimate
+        hosted = registry.models["demo"]
+        estimate = hosted.provide(key, hosted.entry.kv_limits).estimate
         assert estimate.kv_most_bytes is not None and HARD - BLOCK < estimate.kv_most_bytes <= HARD
 
 
@@ -234,6 +279,7 @@ def test_a_model_whose_cache_can_not_move_is_named_in_the_log(
     assert isinstance(registry, Registry)
     with caplog.at_level("INFO"):
         for _ in range(2):
-            registry.models["demo"].provide(VariantKey("demo"))
+            hosted = registry.models["demo"]
+            hosted.provide(hosted.key, hosted.entry.kv_limits)
     found = [r.levelname for r in caplog.records if "keeps the size of its KV cache" in r.getMessage()]
     assert found == [level]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -30,9 +31,11 @@ _GIVE_THE_KEY: Final = (
 )
 _NEXT: Final[Mapping[str, str]] = MappingProxyType(
     {
+        "eviction_needed": "`megpt load` without --no-evict does that; `megpt models` shows what each takes.",
         "insufficient_memory": "`megpt models` shows what each takes.",
         "models_busy": "`megpt top` shows who uses them.",
         "model_busy": "`megpt unload`: --mode drain waits for its requests, --mode abort ends them.",
+        "operation_not_found": "`megpt operations` does so, too.",
         "request_timeout": "It goes on; `megpt ps` shows how far it is.",
         "wrong_state": "`megpt models` shows it.",
     }
@@ -101,6 +104,18 @@ class AdminClient:
     def queue(self) -> dict[str, Any]:
         """Who waits for which model."""
         return self._json(self._send("GET", "/admin/queue"), "groups")
+
+    def operations(self) -> dict[str, Any]:
+        """What administrators have asked for, the newest first."""
+        return self._json(self._send("GET", "/admin/operations"), "operations")
+
+    def operation(self, operation_id: str) -> dict[str, Any]:
+        """One of these."""
+        return self._json(self._send("GET", _operation_path(operation_id)), "state")
+
+    def cancel(self, operation_id: str) -> dict[str, Any]:
+        """Call it off; the operation as it is then."""
+        return self._json(self._send("DELETE", _operation_path(operation_id)), "state")
 
     def events(self, after: str | None = None) -> Iterator[ServerEvent]:
         """What happens to models, until the server ends the stream. after: the id of the last event read."""
@@ -187,6 +202,14 @@ class AdminClient:
         if self._key_source is None:
             return f"The server at {self.url} wants a key. {_GIVE_THE_KEY}"
         return f"The server at {self.url} does not know the key from {self._key_source}. {_GIVE_THE_KEY}"
+
+
+def _operation_path(operation_id: str) -> str:
+    if not re.fullmatch(r"[\w-]+", operation_id, re.ASCII):  # the server would take it for another path
+        raise ServerRefusedError(
+            f"There is no operation {operation_id[:80]!r}. `megpt operations` lists those that are known."
+        )
+    return f"/admin/operations/{operation_id}"
 
 
 def admin_client(args: argparse.Namespace) -> AdminClient:

@@ -22,9 +22,12 @@ _EXAMPLES = """\
   megpt load writer                                     returns when it is ready
   megpt load writer --quantization int4                 a variant that its setting `variants` allows
   megpt load writer --no-wait                           returns at once; `megpt ps` shows how far it is
+  megpt load writer --no-evict                          only if nobody must leave or sleep for it
   megpt load writer --url http://gpu-box:8000 --admin-key-file admin.key
 
 If there is no room, idle models leave for it, the least recently used first; a model in use or pinned stays.
+With --no-evict nobody leaves or sleeps, and the load is refused if somebody would have to; models may give KV
+memory that they don't use.
 The load goes on when this command is interrupted. Exit code: 0 ready (with --no-wait: begun), 1 not loaded.
 """
 
@@ -38,6 +41,9 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--wait", action=argparse.BooleanOptionalAction, default=True, help="wait until it is ready"
     )
+    parser.add_argument(
+        "--no-evict", action="store_true", help="refuse to load it if others must leave or sleep for it"
+    )
     add_variant_options(parser)
     add_server_options(parser)
     parser.set_defaults(run=run)
@@ -48,9 +54,14 @@ def run(args: argparse.Namespace) -> int:
     from memory_efficient_gpt_server.commands.admin_client import admin_client
 
     with admin_client(args) as client:
-        done, model = client.operate(args.model, "load", {"wait": args.wait, **variant_options(args)})
+        done, model = client.operate(args.model, "load", _body(args))
     print(_said(done, model))
     return 0
+
+
+def _body(args: argparse.Namespace) -> dict[str, Any]:
+    body: dict[str, Any] = {"wait": args.wait, **variant_options(args)}
+    return body | {"evict": "never"} if args.no_evict else body
 
 
 def _said(done: bool, model: dict[str, Any]) -> str:

@@ -13,20 +13,31 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from memory_efficient_gpt_server.commands.options import Commands, add_server_options, new_command
+from memory_efficient_gpt_server.commands.options import (
+    Commands,
+    add_server_options,
+    byte_size,
+    new_command,
+)
 
 _EXAMPLES = """\
   megpt set writer pinned=true                          stays loaded once it is, and can't be unloaded
   megpt set writer pinned=false ttl_s=600               leaves when idle for ten minutes
   megpt set writer ttl_s=null                           stays until others need its room
   megpt set draft priority=-1 min_residency_s=30
+  megpt set draft kv_soft_limit_bytes=64MiB kv_hard_limit_bytes=512MiB
+  megpt set draft kv_hard_limit_bytes=null              its KV cache may grow as far as it can again
 
 Settings:
 
-  pinned             true or false: never evicted; pinning loads nothing, `megpt load` does
-  ttl_s              idle seconds after which it is unloaded; null: none
-  min_residency_s    seconds after a load in which it is not evicted for others
-  priority           an integer; greater ones are loaded first and evicted last
+  pinned                true or false: never evicted; pinning loads nothing, `megpt load` does
+  ttl_s                 idle seconds after which it is unloaded; null: none
+  min_residency_s       seconds after a load in which it is not evicted for others
+  priority              an integer; greater ones are loaded first and evicted last
+  kv_soft_limit_bytes   KV cache that it keeps when others want some, and begins with when it is loaded next:
+                        bytes or 64MiB, 1.5GB ...; null: what it was loaded with
+  kv_hard_limit_bytes   most KV cache that it may have; if it has more it gives back what no request holds
+                        now, and the rest as requests end; null: no limit of its own
 
 They hold until the server ends; those that should last belong into its settings. Exit code: 0 changed,
 1 refused, 2 no such setting or value.
@@ -88,11 +99,22 @@ def _seconds_or_null(text: str) -> float | None:
     return None if text == "null" else _seconds(text)
 
 
+def _bytes_or_null(text: str) -> int | None:
+    if text == "null":
+        return None
+    try:
+        return int(text) if text.isdecimal() else byte_size(text)
+    except argparse.ArgumentTypeError:
+        raise ValueError("no size") from None
+
+
 def _written(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}"
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
+
+_SIZE: Final = "bytes, a size such as 64MiB, or null"
 
 _SETTINGS: Final[Mapping[str, tuple[Callable[[str], Any], str]]] = MappingProxyType(
     {
@@ -100,5 +122,7 @@ _SETTINGS: Final[Mapping[str, tuple[Callable[[str], Any], str]]] = MappingProxyT
         "ttl_s": (_seconds_or_null, "a number of seconds or null"),
         "min_residency_s": (_seconds, "a number of seconds"),
         "priority": (int, "an integer"),
+        "kv_soft_limit_bytes": (_bytes_or_null, _SIZE),
+        "kv_hard_limit_bytes": (_bytes_or_null, _SIZE),
     }
 )

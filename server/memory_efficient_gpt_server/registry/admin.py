@@ -20,10 +20,11 @@ from memory_efficient_gpt_server.registry.events import (
     Removed,
     UnloadMode,
 )
+from memory_efficient_gpt_server.registry.kv_room import within_limits
 from memory_efficient_gpt_server.registry.load_queue import Waiter
 from memory_efficient_gpt_server.registry.records import VariantRecord
 from memory_efficient_gpt_server.registry.states import HAS_PROCESS, State
-from memory_efficient_gpt_server.registry.variants import HOST, VariantKey
+from memory_efficient_gpt_server.registry.variants import HOST, Estimate, VariantKey
 
 RETRY_WHEN_FULL_S: Final = 5.0
 _CANNOT_SLEEP: Final = "it has nothing to give back: its weights are in host memory, its KV cache is not ours"
@@ -36,20 +37,28 @@ def load(draft: Draft, event: AdminLoad) -> None:
         return
     record = draft.record(event.key, event.estimate)
     record = draft.put(record, strikes_s=(), failure=None)
-    wait_for_load(draft, record, event.operation, draft.policy.max_wait_s, wants_lease=False)
+    wait_s = draft.policy.max_wait_s
+    wait_for_load(draft, record, event.operation, wait_s, wants_lease=False, may_evict=event.may_evict)
 
 
 def wait_for_load(
-    draft: Draft, record: VariantRecord, waiter: int, wait_s: float, *, wants_lease: bool
+    draft: Draft,
+    record: VariantRecord,
+    waiter: int,
+    wait_s: float,
+    *,
+    wants_lease: bool,
+    may_evict: bool = True,
 ) -> None:
-    """Put someone into the queue; what can never fit is refused from there, in the same step."""
+    """Put someone into the queue; what can never fit is refused from there, in the same step, and so is what
+    would need an eviction that nobody in the group wants."""
     if record.state is State.READY:
         draft.finish((waiter,))
         return
     if len(draft.queue) >= draft.policy.max_waiters:
         draft.refuse(waiter, RefusalKind.QUEUE_FULL, RETRY_WHEN_FULL_S)
         return
-    queued = Waiter(waiter, draft.now_s, draft.now_s + wait_s, wants_lease)
+    queued = Waiter(waiter, draft.now_s, draft.now_s + wait_s, wants_lease, may_evict)
     draft.queue = draft.queue.join(record.key, queued)
     if record.state in (State.UNLOADED, State.FAILED):
         draft.enter(record, State.QUEUED)
@@ -185,8 +194,22 @@ def _why_not(record: VariantRecord | None, target: int) -> str:
 
 
 def patch(draft: Draft, event: Patched) -> None:
-    """Register a model or change its settings; what follows from a pin or a TTL follows at once."""
+    """Register a model or change its settings; what follows from a pin, a TTL or a limit follows at once."""
     draft.entries = {**draft.entries, event.entry.id: event.entry}
+    for key, estimate in event.estimates.items():
+        if (record := draft.records.get(key)) is not None:
+            _relimit(draft, record, estimate)
+
+
+def _relimit(draft: Draft, record: VariantRecord, estimate: Estimate) -> None:
+    """Its next load takes `estimate`; a process that there is keeps what was measured of it."""
+    if record.state not in HAS_PROCESS:
+        draft.put(record, estimate=estimate, measured=None)
+        return
+    on_waking = record.kv_on_waking_bytes
+    if on_waking is not None and record.state in (State.SLEEPING, State.ASLEEP):
+        on_waking = within_limits(draft, record, on_waking)
+    draft.put(record, estimate=estimate, relimited=True, kv_on_waking_bytes=on_waking)
 
 
 def remove(draft: Draft, event: Removed) -> None:

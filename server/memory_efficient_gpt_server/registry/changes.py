@@ -16,6 +16,7 @@ from memory_efficient_gpt.errors import InvalidRequestError
 from memory_efficient_gpt_server.errors import BudgetTooSmallError, ModelBusyError, ModelExistsError
 from memory_efficient_gpt_server.registry.events import BudgetPatched, Patched
 from memory_efficient_gpt_server.registry.hosted import HostedModel
+from memory_efficient_gpt_server.registry.kv_limit_changes import change_kv_limits
 from memory_efficient_gpt_server.registry.kv_room import kept_bytes, kv_bytes
 from memory_efficient_gpt_server.registry.ledger import Stage
 from memory_efficient_gpt_server.registry.owner import Registry
@@ -25,10 +26,22 @@ from memory_efficient_gpt_server.registry.variants import VariantKey, find_entry
 
 
 async def change_model(registry: Registry, name: str, settings: Mapping[str, Any]) -> None:
-    """Change a model's settings (fields of its ModelEntry). Raises ModelNotFoundError, DrainingError."""
+    """Change a model's settings (fields of its ModelEntry).
+
+    Raises ModelNotFoundError, DrainingError; for limits of its KV cache what change_kv_limits raises.
+    """
     async with registry.changing:
         entry = registry.entry(registry.hosted(name).id)
-        await registry.consider(Patched(replace(entry, **settings)))
+        limits = entry.kv_limits._replace(**_limits_among(settings))
+        if limits == entry.kv_limits:
+            await registry.consider(Patched(replace(entry, **settings)))
+        else:
+            await change_kv_limits(registry, entry, limits, settings)
+
+
+def _limits_among(settings: Mapping[str, Any]) -> dict[str, int | None]:
+    names = {"soft_bytes": "kv_soft_limit_bytes", "hard_bytes": "kv_hard_limit_bytes"}
+    return {field: settings[name] for field, name in names.items() if name in settings}
 
 
 async def change_budget(registry: Registry, device: str, budget_bytes: int) -> None:

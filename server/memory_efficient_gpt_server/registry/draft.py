@@ -25,7 +25,7 @@ from memory_efficient_gpt_server.registry.effects import (
     StartWake,
     UnloadReason,
 )
-from memory_efficient_gpt_server.registry.kv_room import kept_bytes, kv_limit_bytes
+from memory_efficient_gpt_server.registry.kv_room import kept_bytes, kv_limit_bytes, within_limits
 from memory_efficient_gpt_server.registry.planning import Plan
 from memory_efficient_gpt_server.registry.records import Failure, KvGift, RegistryState, VariantRecord
 from memory_efficient_gpt_server.registry.states import State, fail, move
@@ -174,7 +174,7 @@ class Draft:
         """
         assert not record.leases, f"{record.key} is put to sleep in use"
         record = self.put(record, kv_floor_bytes=0)  # nothing is in use any more
-        most_bytes = max(record.needs.kv_bytes, kept_bytes(self, record))
+        most_bytes = max(within_limits(self, record, record.needs.kv_bytes), kept_bytes(self, record))
         on_waking_bytes = min(most_bytes, kv_limit_bytes(self, record.key))
         self.ledger = self.ledger.begin_freeing(record.key, record.needs.freed_by_sleep)
         self.ledger = self.ledger.reserve(record.key, record.needs.parked())
@@ -230,6 +230,8 @@ class Draft:
         self.ledger = end(record.key)
         timings = replace(record.timings, unload_s=self.now_s - record.life.since_s)
         self.finish(record.operations)
+        if record.relimited:
+            record = self.put(record, measured=None, relimited=False)
         if record.failure is not None and record.key not in self.queue:
             failed = fail(record.life, self.now_s, record.failure.reason, record.failure.retry_at_s)
             self.put(record, life=failed, failure=None, timings=timings, operations=())

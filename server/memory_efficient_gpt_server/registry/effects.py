@@ -22,6 +22,8 @@ class RefusalKind(StrEnum):
     MODEL_NOT_FOUND = "model_not_found"
     INSUFFICIENT_MEMORY = "insufficient_memory"
     """Larger than the budget minus what is pinned: waiting won't help."""
+    EVICTION_NEEDED = "eviction_needed"
+    """An administrator's load for which nobody may leave or sleep, and somebody would have to."""
     QUEUE_FULL = "queue_full"
     MODEL_NOT_LOADED = "model_not_loaded"
     """The request did not want to wait for a load."""
@@ -113,7 +115,8 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """A waiter or operation gets this answer. `plan`: for INSUFFICIENT_MEMORY, what was needed."""
+    """A waiter or operation gets this answer. `plan`: for INSUFFICIENT_MEMORY and
+    EVICTION_NEEDED, what was needed."""
 
     waiter: int
     kind: RefusalKind

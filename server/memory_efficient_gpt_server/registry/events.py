@@ -8,8 +8,10 @@ its waiter's id.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import TypeAlias
 
 from memory_efficient_gpt_server.registry.ledger import Budget
@@ -135,11 +137,13 @@ class KvMoved:
 
 @dataclass(frozen=True, slots=True)
 class AdminLoad:
-    """Load it, for no request. Earlier failures don't count."""
+    """Load it, for no request. Earlier failures don't count. may_evict: whether others may leave or sleep for
+    it; if not, it is refused once that would be needed."""
 
     operation: int
     key: VariantKey
     estimate: Estimate
+    may_evict: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +183,13 @@ class AdminCancel:
 
 @dataclass(frozen=True, slots=True)
 class Patched:
-    """A model was registered, or its settings changed."""
+    """A model was registered, or its settings changed.
+
+    estimates: where the limits of its KV cache changed, what its variants take when they are loaded next.
+    """
 
     entry: ModelEntry
+    estimates: Mapping[VariantKey, Estimate] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,9 @@ from memory_efficient_gpt_server.wording import clipped
 
 MOST_CHARACTERS: Final = 500
 
-SETTINGS: Final = ("pinned", "ttl_s", "min_residency_s", "priority")
+SETTINGS: Final = (
+    "pinned", "ttl_s", "min_residency_s", "priority", "kv_soft_limit_bytes", "kv_hard_limit_bytes",
+)  # fmt: skip
 """Fields of a model that administrators may change while the server runs."""
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 from memory_efficient_gpt.engine_info import SleepReport
 from memory_efficient_gpt_server.models import ModelEngine
 from memory_efficient_gpt_server.registry.choice import NO_CHOICES, UNQUANTIZED_FACTS, Choices, Facts
-from memory_efficient_gpt_server.registry.variants import Estimate, ModelEntry, VariantKey
+from memory_efficient_gpt_server.registry.variants import Estimate, KvLimits, ModelEntry, VariantKey
 
 
 class LoadableEngine(ModelEngine, Protocol):
@@ -50,15 +50,15 @@ class Provision:
 class HostedModel:
     """A model that can be loaded.
 
-    key: the model as it is configured. provide: looks at the checkpoint, for any variant of the model, which
-    may take a second; called in a thread, and not again once it has succeeded. Raises MegptError. at_start:
-    whether the model is loaded (as configured) when the server starts, rather than when it is first asked
-    for. choices: which other variants requests may choose.
+    key: the model as it is configured. provide: looks at the checkpoint, for any variant of the model under
+    limits of its KV cache, which may take a second; called in a thread, and not again for the same once it
+    has succeeded. Raises MegptError. at_start: whether the model is loaded (as configured) when the server
+    starts, rather than when it is first asked for. choices: which other variants requests may choose.
     """
 
     entry: ModelEntry
     key: VariantKey
-    provide: Callable[[VariantKey], Provision]
+    provide: Callable[[VariantKey, KvLimits], Provision]
     at_start: bool = False
     choices: Choices = NO_CHOICES
 

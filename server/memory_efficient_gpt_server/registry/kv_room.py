@@ -37,9 +37,25 @@ def kept_bytes(view: RegistryView, record: VariantRecord, *, at_best: bool = Fal
     if least is None:
         return held
     soft = view.entries[record.key.model_id].kv_soft_limit_bytes
-    kept = max(least, record.needs.kv_bytes if soft is None else soft)
+    kept = within_limits(view, record, record.needs.kv_bytes if soft is None else soft)
     in_the_way = 0 if at_best and record.leases else record.kv_floor_bytes
     return min(held, max(kept, in_the_way))
+
+
+def within_limits(view: RegistryView, record: VariantRecord, size: int) -> int:
+    """`size` KV bytes, but no more than the hard limit, and never less than the variant can work with."""
+    least, hard = record.needs.kv_least_bytes, view.entries[record.key.model_id].kv_hard_limit_bytes
+    if least is None:
+        return size  # it keeps its size
+    return max(least, size if hard is None else min(size, hard))
+
+
+def excess_bytes(view: RegistryView, record: VariantRecord) -> int:
+    """What a variant has beyond its hard limit, which was higher before."""
+    if view.entries[record.key.model_id].kv_hard_limit_bytes is None:
+        return 0  # as nearly always
+    held = kv_bytes(view.ledger, record.key)
+    return held - within_limits(view, record, held)
 
 
 def spare_bytes(view: RegistryView, record: VariantRecord) -> int:

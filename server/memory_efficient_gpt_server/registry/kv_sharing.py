@@ -18,7 +18,12 @@ from typing import Final
 
 from memory_efficient_gpt_server.registry.draft import Draft
 from memory_efficient_gpt_server.registry.effects import GrowKv
-from memory_efficient_gpt_server.registry.kv_room import kv_bytes, room_bytes, spare_bytes
+from memory_efficient_gpt_server.registry.kv_room import (
+    excess_bytes,
+    kv_bytes,
+    room_bytes,
+    spare_bytes,
+)
 from memory_efficient_gpt_server.registry.records import VariantRecord
 from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import Kind, VariantKey
@@ -85,6 +90,22 @@ def ask_users(draft: Draft, missing: dict[str, int]) -> None:
         if size > 0:
             draft.give_kv(record, None, size)
             missing[device] -= size
+
+
+def keep_limits(draft: Draft, record: VariantRecord) -> None:
+    """Have a ready variant give back what it has beyond its hard limit, as far as it can be spared."""
+    if (excess := excess_bytes(draft, record)) > 0:
+        size = min(excess, spare_bytes(draft, record))
+        if size > 0:
+            draft.give_kv(record, None, size)
+
+
+def forget_floors(draft: Draft) -> None:
+    """Idle variants beyond their hard limits may be asked again: what was in use may have ended since."""
+    for record in list(draft.records.values()):
+        idle = record.state is State.READY and not record.leases
+        if idle and record.kv_floor_bytes and excess_bytes(draft, record) > 0:
+            draft.put(record, kv_floor_bytes=0)
 
 
 def keep_gifts(draft: Draft, over: Mapping[str, int]) -> None:

@@ -23,13 +23,14 @@ class Waiter:
     """Someone who wants a variant to be ready. Times are seconds of the caller's clock.
 
     id: unique among waiters, leases and operations; a granted lease has the same one. wants_lease: false for
-    an administrator who only wants it loaded.
+    an administrator who only wants it loaded. may_evict: whether others may leave or sleep for that.
     """
 
     id: int
     asked_s: float
     deadline_s: float
     wants_lease: bool = True
+    may_evict: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,11 @@ class LoadQueue:
     def of(self, key: VariantKey) -> tuple[Waiter, ...]:
         """Who waits for a variant, the first that came first."""
         return self.groups.get(key, ())
+
+    def spares_others(self, key: VariantKey) -> bool:
+        """Whether nobody may leave or sleep for the variant: of those who wait for it, none wants that."""
+        group = self.of(key)
+        return bool(group) and not any(w.may_evict for w in group)
 
     def join(self, key: VariantKey, waiter: Waiter) -> LoadQueue:
         """Put a waiter behind the others of its group."""

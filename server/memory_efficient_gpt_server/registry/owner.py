@@ -40,6 +40,7 @@ from memory_efficient_gpt_server.registry.first_loads import FirstLoads
 from memory_efficient_gpt_server.registry.happenings import happenings
 from memory_efficient_gpt_server.registry.hosted import HostedModel, LoadableEngine
 from memory_efficient_gpt_server.registry.inbox import Inbox, asker
+from memory_efficient_gpt_server.registry.joint_planning import JointPlan, plan_together
 from memory_efficient_gpt_server.registry.journal import Journal
 from memory_efficient_gpt_server.registry.lease import Lease
 from memory_efficient_gpt_server.registry.ledger import Budget
@@ -52,7 +53,7 @@ from memory_efficient_gpt_server.registry.records import Policy, RegistryState, 
 from memory_efficient_gpt_server.registry.reducer import step
 from memory_efficient_gpt_server.registry.states import Life, State
 from memory_efficient_gpt_server.registry.tally import Tally
-from memory_efficient_gpt_server.registry.variants import ModelEntry, VariantKey, find_entry
+from memory_efficient_gpt_server.registry.variants import Estimate, ModelEntry, VariantKey, find_entry
 from memory_efficient_gpt_server.registry.wishes import Wishes
 
 logger = logging.getLogger(__name__)
@@ -84,8 +85,8 @@ class Registry:
         self.operations = Operations(self.journal.add)
         self.changing = asyncio.Lock()
         """Held by whoever reads settings and then changes them (changes.py)."""
-        self._provisions = Provisions(self.models)
-        self._chooser = Chooser(self.models, self._provisions)
+        self.provisions = Provisions(self.models)
+        self._chooser = Chooser(self.models, self.provisions)
         self._clock = clock
         self._inbox = Inbox()
         self._answers = Answers()
@@ -143,7 +144,7 @@ class Registry:
 
     async def grant(self, lease: Lease) -> ModelEngine:
         """Wait until the lease is granted. Raises MegptError; cancelled, nothing is asked for any more."""
-        estimate = (await self._provisions.of(lease.key)).estimate
+        estimate = (await self.provisions.of(lease.key)).estimate
         lease.id = self._answers.new_id()
         answer = self._answers.expect(lease.id, str(lease.key))
         self._leases[lease.id] = lease
@@ -186,6 +187,15 @@ class Registry:
         """What is known of a variant; None before anyone asked for it."""
         return self.state.records.get(self._key(name))
 
+    async def present_needs(self, model_id: str) -> dict[VariantKey, Estimate]:
+        """What a model's variants take that are known, and the model as configured, as far as it is known.
+
+        Raises LoadFailedError.
+        """
+        own = self.models[model_id].key
+        first = {own: (await self.provisions.of(own)).estimate}
+        return first | {r.key: r.needs for r in self.state.records.values() if r.key.model_id == model_id}
+
     def now_s(self) -> float:
         """The registry's clock, in seconds."""
         return self._clock()
@@ -204,20 +214,31 @@ class Registry:
 
         Raises ModelNotFoundError, LoadFailedError.
         """
-        key = self._key(name)
-        estimate = (await self._provisions.of(key)).estimate
-        others = [other for other in self.variants(key.model_id) if other != key]
-        candidates = await self._chooser.candidates(others)
-        return plan(LoadRequest(key, estimate, candidates), self.state, self._clock())
+        return plan(await self._load_request(self._key(name)), self.state, self._clock())
 
-    async def load(self, name: Named) -> Operation:
+    async def plan_together(self, keys: Iterable[VariantKey]) -> JointPlan:
+        """What loading all these different variants would mean now. Changes nothing.
+
+        Raises ModelNotFoundError, LoadFailedError.
+        """
+        requests = [await self._load_request(key) for key in keys]
+        return plan_together(requests, self.state, self._clock())
+
+    async def _load_request(self, key: VariantKey) -> LoadRequest:
+        """With the other variants of its model as candidates."""
+        estimate = (await self.provisions.of(key)).estimate
+        others = [other for other in self.variants(key.model_id) if other != key]
+        return LoadRequest(key, estimate, await self._chooser.candidates(others))
+
+    async def load(self, name: Named, *, may_evict: bool = True) -> Operation:
         """Load a model for nobody's request. The operation may have ended already.
 
-        If the same is being done already, that is the answer. Raises ModelNotFoundError, LoadFailedError.
+        may_evict: whether others may leave or sleep for it. If the same is being done already, that is the
+        answer. Raises ModelNotFoundError, LoadFailedError.
         """
         key = self._key(name)
-        estimate = (await self._provisions.of(key)).estimate
-        return await self._wishes.begin(lambda operation: AdminLoad(operation, key, estimate))
+        estimate = (await self.provisions.of(key)).estimate
+        return await self._wishes.begin(lambda operation: AdminLoad(operation, key, estimate, may_evict))
 
     async def unload(
         self, name: Named, mode: UnloadMode = UnloadMode.DRAIN, deadline_s: float | None = None
@@ -241,7 +262,7 @@ class Registry:
         """Offer one more model, whose id must be free. Raises DrainingError."""
         assert model.id not in self.models, f"{model.id} is there already"
         self.models[model.id] = model
-        self._provisions.host(model)
+        self.provisions.host(model)
         await self.consider(Patched(model.entry))
 
     async def sleep(self, name: Named) -> Operation:
@@ -325,7 +346,7 @@ class Registry:
     # ---- engines
 
     def _make_engine(self, key: VariantKey) -> LoadableEngine:
-        provision = self._provisions.known(key)
+        provision = self.provisions.known(key)
         assert provision is not None, "nobody can ask for what was not provided for"
         return provision.make_engine()
 
@@ -338,7 +359,7 @@ class Registry:
             return
         self._engines.forget(model_id)
         self._first_loads.forget(model_id)
-        self._provisions.forget(model_id)
+        self.provisions.forget(model_id)
 
     def _life(self, key: VariantKey) -> Life:
         record = self.state.records.get(key)

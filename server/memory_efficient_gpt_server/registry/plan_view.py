@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from memory_efficient_gpt_server.registry.joint_planning import JointPlan
 from memory_efficient_gpt_server.registry.ledger import Ledger
 from memory_efficient_gpt_server.registry.planning import Plan
+from memory_efficient_gpt_server.registry.victims import Way
 
 
 def plan_view(plan: Plan) -> dict[str, Any]:
@@ -28,6 +30,40 @@ def plan_view(plan: Plan) -> dict[str, Any]:
         "blocked_by": [str(key) for key in plan.blocked_by],
         "eta_s": plan.eta_s,
         "alternatives": [{"variant": one.label, **plan_view(one.plan)} for one in plan.alternatives],
+    }
+
+
+def joint_plan_view(plan: JointPlan) -> dict[str, Any]:
+    """What loading several would mean, in the words of one load's plan and of `megpt plan`."""
+    return {
+        "fits": plan.fits,
+        "verdict": str(plan.verdict),
+        "needed_bytes": dict(plan.needed),
+        "reservable_bytes": dict(plan.reservable),
+        "evict": [str(key) for key in plan.victims.by(Way.EVICT)],
+        "sleep": [str(key) for key in plan.victims.by(Way.SLEEP)],
+        "shrink_kv_bytes": {str(key): size for key, size in plan.victims.kv_bytes.items()},
+        "blocked_by": [str(key) for key in plan.blocked_by],
+        "eta_s": plan.eta_s,
+        "loads": [
+            {
+                "model": load.key.model_id,
+                "variant": str(load.key),
+                "fits": load.fits,
+                "verdict": str(load.verdict),
+                "bytes": {str(kind): size for kind, size in load.bytes.items()},
+                "needed_bytes": dict(load.needed),
+            }
+            for load in plan.loads
+        ],
+        "would_fit": [
+            {
+                "text": change.text,
+                "loads": [str(key) for key in change.keys],
+                "needed_bytes": dict(change.needed),
+            }
+            for change in plan.would_fit
+        ],
     }
 
 

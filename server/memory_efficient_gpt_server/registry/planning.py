@@ -8,12 +8,12 @@ Invariant: a plan changes nothing; what is larger than the budget minus what can
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from memory_efficient_gpt_server.registry.kv_room import given_to_nobody, kept_bytes
+from memory_efficient_gpt_server.registry.kv_room import given_to_nobody, kept_bytes, kv_bytes
 from memory_efficient_gpt_server.registry.records import RegistryView, VariantRecord
 from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import HOST, Amount, Estimate, Kind, VariantKey, per_device
@@ -24,6 +24,9 @@ from memory_efficient_gpt_server.registry.victims import (
     load_rate,
     reload_s,
 )
+
+UP: Final = frozenset({State.READY, State.LOADING, State.WAKING})
+"""A variant in these states needs no load: it is ready, or will be."""
 
 _NO_CLAIMS: Final[Mapping[str, int]] = MappingProxyType({})
 _NO_VICTIMS: Final = Victims({}, covered=False)
@@ -59,6 +62,15 @@ class LoadRequest:
     key: VariantKey
     estimate: Estimate
     candidates: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be loaded in the end. loads: what has to be loaded for that; staying: what is there already,
+    and must not go for them (it may give KV memory)."""
+
+    loads: tuple[VariantKey, ...]
+    staying: tuple[VariantKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +118,14 @@ def plan(
     device.
     """
     record = view.records.get(request.key)
-    estimate = _best_estimate(request, record)
-    if record is not None and record.state in (State.READY, State.LOADING, State.WAKING):
+    estimate = best_estimate(request, view)
+    if record is not None and record.state in UP:
         eta_s = remaining_s(view, record, now_s)
         return Plan(Verdict.NOW, estimate.by_kind(), {}, {}, eta_s=eta_s)
     needed = per_device(needed_amounts(record, estimate))
-    reservable = _reservable(view, request.key, needed)
-    verdict, victims = _judge(view, request.key, needed, reservable, now_s, claimed)
+    wanted = Wanted((request.key,))
+    reservable = reservable_bytes(view, wanted, needed)
+    verdict, victims = judge(view, wanted, needed, reservable, now_s, claimed)
     makes_room = verdict in (Verdict.AFTER_SHRINKING, Verdict.AFTER_EVICTION)
     chosen = victims if makes_room else _NO_VICTIMS
     return Plan(
@@ -123,16 +136,30 @@ def plan(
         chosen.by(Way.EVICT),
         chosen.by(Way.SLEEP),
         chosen.kv_bytes,
-        _blockers(view, request.key, needed) if verdict is Verdict.BUSY else (),
+        blockers(view, wanted, needed) if verdict is Verdict.BUSY else (),
         _eta_s(view, record, estimate, verdict, chosen, now_s),
         _alternatives(request, view, now_s, claimed),
     )
 
 
-def _best_estimate(request: LoadRequest, record: VariantRecord | None) -> Estimate:
+def best_estimate(request: LoadRequest, view: RegistryView) -> Estimate:
+    """What the variant takes, or would: what was measured goes before what was estimated.
+
+    A ready one has the KV memory that is booked now. One that leaves after its limits changed comes back with
+    another KV cache than was measured.
+    """
+    record = view.records.get(request.key)
     if record is None or record.measured is None:
         return request.estimate
-    return record.needs_awake_again if record.state is State.ASLEEP else record.measured
+    match record.state:
+        case State.ASLEEP:
+            return record.needs_awake_again
+        case State.READY:
+            return replace(record.measured, kv_bytes=kv_bytes(view.ledger, record.key))
+        case State.DRAINING | State.UNLOADING if record.relimited:
+            return request.estimate
+        case _:
+            return record.measured
 
 
 def needed_amounts(record: VariantRecord | None, estimate: Estimate) -> tuple[Amount, ...]:
@@ -184,18 +211,19 @@ def remaining_s(view: RegistryView, record: VariantRecord, now_s: float) -> floa
             return 0.0
 
 
-def _judge(
+def judge(
     view: RegistryView,
-    key: VariantKey,
+    wanted: Wanted,
     needed: Mapping[str, int],
     reservable: Mapping[str, int],
     now_s: float,
     claimed: Mapping[str, int],
 ) -> tuple[Verdict, Victims]:
+    """What stands between loads of so many bytes and their beginning, and who would go for them."""
     if any(size > reservable[device] for device, size in needed.items()):
         return Verdict.NEVER, _NO_VICTIMS
-    record = view.records.get(key)
-    has_process = record is not None and record.state in (State.DRAINING, State.UNLOADING, State.SLEEPING)
+    records = [view.records[key] for key in wanted.loads if key in view.records]
+    has_process = any(r.state in (State.DRAINING, State.UNLOADING, State.SLEEPING) for r in records)
     missing = missing_bytes(view, needed, claimed)
     if not missing:
         return (Verdict.AFTER_FREEING if has_process else Verdict.NOW), _NO_VICTIMS
@@ -203,7 +231,9 @@ def _judge(
     if not missing:
         return Verdict.AFTER_FREEING, _NO_VICTIMS
     room = host_room_bytes(view, needed, claimed)
-    victims = choose_victims(view, missing, now_s, exclude=(key,), host_room_bytes=room)
+    victims = choose_victims(
+        view, missing, now_s, exclude=wanted.loads, staying=wanted.staying, host_room_bytes=room
+    )
     if not victims.covered:
         return Verdict.BUSY, victims
     return (Verdict.AFTER_EVICTION if victims.anyone_goes else Verdict.AFTER_SHRINKING), victims
@@ -216,13 +246,13 @@ def host_room_bytes(view: RegistryView, needed: Mapping[str, int], claimed: Mapp
     return view.ledger.available_bytes(HOST) - needed.get(HOST, 0) - claimed.get(HOST, 0)
 
 
-def _reservable(view: RegistryView, key: VariantKey, needed: Mapping[str, int]) -> dict[str, int]:
-    """By device, what the load could have at best: everything but what can't be made to go."""
+def reservable_bytes(view: RegistryView, wanted: Wanted, needed: Mapping[str, int]) -> dict[str, int]:
+    """By device, what the loads could have at best: everything but what can't be made to go."""
     left = {d: view.ledger.available_bytes(d) + view.ledger.used[d] for d in needed}
     for owner in view.ledger.entries:
         record = view.records.get(owner) if isinstance(owner, VariantKey) else None
-        own_asleep = owner == key and record is not None and record.state is State.ASLEEP
-        fixed = record is None or own_asleep or _stays(view, record, key)
+        own_asleep = owner in wanted.loads and record is not None and record.state is State.ASLEEP
+        fixed = record is None or own_asleep or _stays(view, record, wanted)
         for e in view.ledger.of(owner):
             if e.device in left and (fixed or e.kind is Kind.LEAKED):
                 moves = record is not None and e.kind is Kind.KV
@@ -230,16 +260,18 @@ def _reservable(view: RegistryView, key: VariantKey, needed: Mapping[str, int]) 
     return left
 
 
-def _stays(view: RegistryView, record: VariantRecord, key: VariantKey) -> bool:
-    pinned = view.entries[record.key.model_id].pins(record.key)
-    return pinned and record.key != key and record.state is not State.UNLOADING
+def _stays(view: RegistryView, record: VariantRecord, wanted: Wanted) -> bool:
+    pinned = view.entries[record.key.model_id].pins(record.key) or record.key in wanted.staying
+    return pinned and record.key not in wanted.loads and record.state is not State.UNLOADING
 
 
-def _blockers(view: RegistryView, key: VariantKey, needed: Mapping[str, int]) -> tuple[VariantKey, ...]:
+def blockers(view: RegistryView, wanted: Wanted, needed: Mapping[str, int]) -> tuple[VariantKey, ...]:
+    """Who else holds bytes where the loads need some."""
+    mine = (*wanted.loads, *wanted.staying)
     return tuple(
         record.key
         for record in view.records.values()
-        if record.key != key and any(view.ledger.held_bytes(record.key, device) for device in needed)
+        if record.key not in mine and any(view.ledger.held_bytes(record.key, device) for device in needed)
     )
 
 

@@ -1,6 +1,7 @@
 """What each variant takes, found out once.
 
-Purpose: call `HostedModel.provide` off the event loop, one call however many ask.
+Purpose: call `HostedModel.provide` off the event loop, one call however many ask, for the limits that a
+model's KV cache has at that time.
 Does not know: checkpoints, memory.
 Invariant: a failure is told to those who asked and not remembered: a repaired folder is looked at again.
 """
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from memory_efficient_gpt.errors import MegptError, ModelNotFoundError
 from memory_efficient_gpt_server.errors import LoadFailedError
 from memory_efficient_gpt_server.registry.hosted import HostedModel, Provision
-from memory_efficient_gpt_server.registry.variants import VariantKey
+from memory_efficient_gpt_server.registry.variants import NO_LIMITS, KvLimits, VariantKey
 
 
 class Provisions:
@@ -21,16 +22,18 @@ class Provisions:
 
     def __init__(self, hosted: Mapping[str, HostedModel]) -> None:
         self._hosted = dict(hosted)
+        self._limits = {model.id: model.entry.kv_limits for model in hosted.values()}
         self._known: dict[VariantKey, Provision] = {}
         self._asked: dict[VariantKey, asyncio.Task[Provision]] = {}
 
     def host(self, model: HostedModel) -> None:
         """One more model."""
         self._hosted[model.id] = model
+        self._limits[model.id] = model.entry.kv_limits
 
     def forget(self, model_id: str) -> None:
         """A model is gone. What is being found out about it is for those only who have asked."""
-        del self._hosted[model_id]
+        del self._hosted[model_id], self._limits[model_id]
         for key in [key for key in (*self._known, *self._asked) if key.model_id == model_id]:
             self._known.pop(key, None)
             self._asked.pop(key, None)
@@ -54,8 +57,27 @@ class Provisions:
         except MegptError as error:
             raise LoadFailedError(f"Model {key} can't be loaded: {error.message}") from error
 
+    async def under(self, model_id: str, limits: KvLimits) -> dict[VariantKey, Provision]:
+        """What those of a model's variants that are known would take with other limits, and the model as it
+        is configured. Raises MegptError."""
+        model, found = self._hosted[model_id], dict[VariantKey, Provision]()
+        while left := [
+            key for key in (model.key, *self._known) if key.model_id == model_id and key not in found
+        ]:
+            found[left[0]] = await asyncio.to_thread(model.provide, left[0], limits)
+        return found
+
+    def renew(self, model_id: str, limits: KvLimits, found: Mapping[VariantKey, Provision]) -> None:
+        """From now on the model has these limits; `found` is what `under` gave."""
+        self._limits[model_id] = limits
+        self._known.update(found)
+
     async def _look_at(self, key: VariantKey) -> Provision:
-        return await asyncio.to_thread(self._hosted[key.model_id].provide, key)
+        while True:
+            limits = self._limits.get(key.model_id, NO_LIMITS)
+            found = await asyncio.to_thread(self._hosted[key.model_id].provide, key, limits)
+            if self._limits.get(key.model_id, limits) == limits:
+                return found
 
     def _found(self, key: VariantKey, task: asyncio.Task[Provision]) -> None:
         if self._asked.get(key) is not task:

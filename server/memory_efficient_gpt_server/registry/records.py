@@ -79,6 +79,8 @@ class VariantRecord:
     be told when it is asleep. giving: what it is giving away now. kv_floor_bytes: below which its KV cache
     could not go when it was last asked and not used since; 0: not known. kv_wanted_s: when it last wanted
     more KV memory. kv_on_waking_bytes: what its KV cache will have after its sleep; None: it never slept.
+    relimited: whether limits of its KV cache were changed since its process began, so that what was measured
+    of that is not what the next one takes.
     """
 
     key: VariantKey
@@ -99,6 +101,7 @@ class VariantRecord:
     kv_floor_bytes: int = 0
     kv_wanted_s: float | None = None
     kv_on_waking_bytes: int | None = None
+    relimited: bool = False
 
     @property
     def state(self) -> State:

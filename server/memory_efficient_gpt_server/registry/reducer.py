@@ -59,7 +59,7 @@ def step(state: RegistryState, event: Event, now_s: float) -> tuple[RegistryStat
 def _apply(draft: Draft, event: Event) -> None:
     match event:
         case Tick():
-            pass
+            kv_sharing.forget_floors(draft)
         case Asked():
             _asked(draft, event)
         case Left(waiter, key):
@@ -197,13 +197,19 @@ def _arrived(draft: Draft, record: VariantRecord, measured: Estimate, timings: T
     """A load or wake-up ended well, unless it took so much more than reserved that there is no room."""
     draft.ledger = draft.ledger.reconcile(record.key, measured.awake())
     record = draft.put(record, timings=timings)
-    if relieve(draft, drain=False):
+    if _has_room(draft, record):
         draft.become_ready(record)
         return
     # Those in use were here first. It goes, and queues again for what it really takes.
     reason = f"it took {sum(measured.by_kind().values())} bytes, more than there was room for"
     record = draft.strike(record, reason, fatal=False)
     draft.unload(record, UnloadReason.OVERCOMMIT, reason)
+
+
+def _has_room(draft: Draft, record: VariantRecord) -> bool:
+    """Whether what has arrived may stay. If it took too much, idle models leave, unless nobody may for it."""
+    over = any(draft.ledger.overcommitted_bytes(device) for device in draft.ledger.budgets)
+    return not over or (not draft.queue.spares_others(record.key) and relieve(draft, drain=False))
 
 
 def _slept(draft: Draft, record: VariantRecord, event: Slept) -> None:

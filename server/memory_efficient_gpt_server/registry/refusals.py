@@ -10,6 +10,7 @@ from __future__ import annotations
 from memory_efficient_gpt.errors import EngineFailedError, MegptError, ModelNotFoundError
 from memory_efficient_gpt_server.errors import (
     ChurnLimitedError,
+    EvictionNeededError,
     InsufficientMemoryError,
     LoadFailedError,
     ModelBusyError,
@@ -36,6 +37,8 @@ def error_for(refusal: Refuse, model_id: str) -> MegptError:
             return ModelNotFoundError(f"There is no model {model_id!r} here.", param="model")
         case RefusalKind.INSUFFICIENT_MEMORY:
             return _insufficient(refusal, model_id)
+        case RefusalKind.EVICTION_NEEDED:
+            return _eviction_needed(refusal, model_id)
         case RefusalKind.LOAD_FAILED:
             return LoadFailedError(
                 f"Model {model_id} could not be loaded: {refusal.detail or 'no reason was given'}. "
@@ -95,6 +98,26 @@ def abort_error(reason: AbortReason, model_id: str) -> MegptError:
     return ModelUnloadingError(
         f"An administrator unloaded model {model_id} while this request was under way. Send it again.",
         retry_after_s=DEFAULT_RETRY_AFTER_S,
+    )
+
+
+def _eviction_needed(refusal: Refuse, model_id: str) -> EvictionNeededError:
+    plan = refusal.plan
+    if plan is None:
+        return EvictionNeededError(
+            f"Others would have to leave for {model_id}. Load it with evict: auto.", {}
+        )
+    needed = " and ".join([f"{size:,} bytes of {device}" for device, size in plan.needed.items()])
+    ways = [
+        (plan.evict, "would have to leave"),
+        (plan.sleep, "would have to sleep"),
+        (plan.blocked_by, "can't go now either (in use, loading, leaving or too young)"),
+    ]
+    who = "; ".join([f"{', '.join(map(str, keys))} {what}" for keys, what in ways if keys])
+    return EvictionNeededError(
+        f"Model {model_id} needs {needed}, more than is free, and nobody may leave for it: {who}. "
+        "Unload a model, or load it with evict: auto.",
+        {"plan": plan_view(plan)},
     )
 
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from memory_efficient_gpt_server.registry.draft import Draft
 from memory_efficient_gpt_server.registry.effects import AbortReason, RefusalKind, UnloadReason
-from memory_efficient_gpt_server.registry.kv_sharing import ask_users, keep_gifts
+from memory_efficient_gpt_server.registry.kv_sharing import ask_users, keep_gifts, keep_limits
 from memory_efficient_gpt_server.registry.load_queue import Waiter
 from memory_efficient_gpt_server.registry.planning import (
     LoadRequest,
@@ -31,6 +31,7 @@ from memory_efficient_gpt_server.registry.variants import HOST, Kind, VariantKey
 from memory_efficient_gpt_server.registry.victims import Victims, Way, can_park, choose_victims, reload_s
 
 RETRY_WHEN_BUSY_S: Final = 5.0
+_NEEDS_OTHERS_ROOM: Final = frozenset({Verdict.AFTER_EVICTION, Verdict.BUSY})
 _LEAKED: Final = frozenset({Kind.LEAKED})
 
 
@@ -43,6 +44,9 @@ def advance(draft: Draft) -> None:
             _continue_drain(draft, record)
         elif record.state in (State.READY, State.ASLEEP) and not record.leases:
             _unload_after_ttl(draft, record)
+    for record in list(draft.records.values()):
+        if record.state is State.READY:
+            keep_limits(draft, record)
     relieve(draft)
     if draft.queue.groups:
         _start_loads(draft)
@@ -108,10 +112,11 @@ def _continue_drain(draft: Draft, record: VariantRecord) -> None:
 
 
 def _no_longer_wanted(draft: Draft, record: VariantRecord, wanted_by: VariantKey) -> bool:
-    """Whether the drain was for a load that has begun or that nobody waits for, or its victim was pinned."""
+    """Whether the drain was for a load that has begun, or that nobody waits for who may evict, or its victim
+    was pinned."""
     if draft.entries[record.key.model_id].pins(record.key):
         return True
-    if wanted_by not in draft.queue:
+    if wanted_by not in draft.queue or draft.queue.spares_others(wanted_by):
         return True
     return draft.records[wanted_by].state not in (State.QUEUED, State.ASLEEP)
 
@@ -167,6 +172,8 @@ def _start_loads(draft: Draft) -> None:
         its_plan = plan(LoadRequest(key, record.needs), draft, draft.now_s, claimed)
         if its_plan.verdict is Verdict.NEVER:
             draft.refuse_group(key, RefusalKind.INSUFFICIENT_MEMORY, plan=its_plan)
+        elif its_plan.verdict in _NEEDS_OTHERS_ROOM and draft.queue.spares_others(key):
+            draft.refuse_group(key, RefusalKind.EVICTION_NEEDED, plan=its_plan)
         elif under_way >= draft.policy.max_loads:
             continue
         elif its_plan.verdict is Verdict.NOW:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import Final, NamedTuple
+from typing import Final
 
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.errors import ConfigError
@@ -21,7 +21,7 @@ from memory_efficient_gpt.memory.estimation import estimate
 from memory_efficient_gpt.memory.figures import MemoryEstimate
 from memory_efficient_gpt.memory.workspace import CUDA_CONTEXT_BYTES, WORKER_BYTES
 from memory_efficient_gpt_server.registry.choice import Facts
-from memory_efficient_gpt_server.registry.variants import HOST, Estimate
+from memory_efficient_gpt_server.registry.variants import HOST, NO_LIMITS, Estimate, KvLimits
 
 UNQUANTIZED: Final = "bf16"
 """The name of the scheme that stores weights as they are, whatever their type."""
@@ -35,16 +35,6 @@ _NO_LIMIT: Final = 1 << 62
 def compute_device(config: EngineConfig) -> str:
     """Where the model would compute. Raises ConfigError for a device that is not there."""
     return str(resolve_device(config.device))
-
-
-class KvLimits(NamedTuple):
-    """What an operator said of a model's KV cache, in bytes; None: nothing."""
-
-    soft_bytes: int | None = None
-    hard_bytes: int | None = None
-
-
-NO_LIMITS: Final = KvLimits()
 
 
 def sized(

@@ -81,6 +81,30 @@ class VariantKey:
         yield "revision", self.revision
 
 
+class KvLimits(NamedTuple):
+    """What an operator said of a model's KV cache, in bytes; None: nothing.
+
+    soft_bytes: what it begins with, and keeps when others want some. hard_bytes: most that it may grow to.
+    """
+
+    soft_bytes: int | None = None
+    hard_bytes: int | None = None
+
+    def problem(self) -> str | None:
+        """Why they can't hold together, if they can't."""
+        return beyond_hard_limit("kv_soft_limit_bytes", self.soft_bytes, self.hard_bytes)
+
+
+NO_LIMITS: Final = KvLimits()
+
+
+def beyond_hard_limit(name: str, size: int | None, hard_bytes: int | None) -> str | None:
+    """What is wrong with the setting `name` of a model whose KV cache may have `hard_bytes`, if anything."""
+    if size is None or hard_bytes is None or size <= hard_bytes:
+        return None
+    return f"{name} is {size:,}, more than kv_hard_limit_bytes, {hard_bytes:,}. Lower it."
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
     """A registered model; its variants share these settings.
@@ -107,9 +131,13 @@ class ModelEntry:
         """Raises ValueError where a time or a limit makes no sense."""
         if self.min_residency_s < 0 or (self.ttl_s is not None and self.ttl_s < 0):
             raise ValueError(f"times of {self.id} must not be negative")
-        soft, hard = self.kv_soft_limit_bytes, self.kv_hard_limit_bytes
-        if soft is not None and hard is not None and soft > hard:
-            raise ValueError(f"{self.id} keeps {soft} KV bytes but may have at most {hard}")
+        if (problem := self.kv_limits.problem()) is not None:
+            raise ValueError(f"{self.id}: {problem}")
+
+    @property
+    def kv_limits(self) -> KvLimits:
+        """Both of them."""
+        return KvLimits(self.kv_soft_limit_bytes, self.kv_hard_limit_bytes)
 
     def pins(self, key: VariantKey) -> bool:
         """Whether that variant stays. A pin is the operator's wish for what was configured; if it held what

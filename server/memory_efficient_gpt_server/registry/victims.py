@@ -57,6 +57,7 @@ def choose_victims(
     now_s: float,
     *,
     exclude: Collection[VariantKey] = (),
+    staying: Collection[VariantKey] = (),
     host_room_bytes: int = 0,
     allow_young: bool = False,
     allow_busy: bool = False,
@@ -68,14 +69,16 @@ def choose_victims(
     bytes that help. It is least recently used, corrected for what getting the model back costs and for how
     far it helps: a model idle for twice as long goes first, unless it takes more than twice as long to reload
     or frees less than half as much of what is missing. Who can be parked in `host_room_bytes` of host
-    memory, or needs no room there, sleeps instead of being unloaded if that is enough. allow_young: also
-    before min_residency_s is over. allow_busy: also those in use and sleeping ones that someone waits for,
-    after all idle ones.
+    memory, or needs no room there, sleeps instead of being unloaded if that is enough. exclude: those that
+    do nothing for it; staying: those that give KV memory at most. allow_young: also before min_residency_s
+    is over. allow_busy: also those in use and sleeping ones that someone waits for, after all idle ones.
     """
     candidates = [
         record
         for record in view.records.values()
-        if record.key not in exclude and _may_go(view, record, now_s, allow_young, allow_busy)
+        if record.key not in exclude
+        and record.key not in staying
+        and _may_go(view, record, now_s, allow_young, allow_busy)
     ]
     ranked = sorted(candidates, key=lambda record: _rank(view, record, deficits, now_s))
     spare = _spare(view, deficits, exclude)

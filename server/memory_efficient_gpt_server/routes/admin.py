@@ -8,12 +8,20 @@ wait; it goes on whether or not anybody waits, and its id tells how it went.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic_core import to_json
 
-from memory_efficient_gpt_server.admin_schemas import LoadBody, PlanBody, SleepBody, UnloadBody
+from memory_efficient_gpt.errors import InvalidRequestError, ModelNotFoundError
+from memory_efficient_gpt_server.admin_schemas import (
+    LoadBody,
+    PlanBody,
+    PlannedLoadBody,
+    SleepBody,
+    UnloadBody,
+)
 from memory_efficient_gpt_server.deps import CurrentServer, Server, body_schema, json_body, require_admin
 from memory_efficient_gpt_server.errors import NoMemoryBudgetError
 from memory_efficient_gpt_server.optimizations import wish_of
@@ -22,7 +30,7 @@ from memory_efficient_gpt_server.registry.model_view import model_view
 from memory_efficient_gpt_server.registry.operation_view import operation_view
 from memory_efficient_gpt_server.registry.operations import Operation
 from memory_efficient_gpt_server.registry.owner import Registry
-from memory_efficient_gpt_server.registry.plan_view import ledger_view, plan_view
+from memory_efficient_gpt_server.registry.plan_view import joint_plan_view, ledger_view, plan_view
 from memory_efficient_gpt_server.registry.variants import VariantKey
 
 router = APIRouter(dependencies=[Depends(require_admin)])
@@ -61,9 +69,10 @@ async def load_model(
     registry: CurrentRegistry,
     body: Annotated[LoadBody, Depends(json_body(LoadBody, optional=True))],
 ) -> Response:
-    """Load a model for no request."""
+    """Load a model for no request. With `evict: never` it is loaded only if nobody must leave or sleep for
+    it, else 409 eviction_needed with the plan."""
     key = await registry.choose(model_id, wish_of(body.optimizations))
-    operation = await registry.load(key)
+    operation = await registry.load(key, may_evict=body.evict == "auto")
     return await _answer(request, server, registry, key, operation, wait=body.wait)
 
 
@@ -113,9 +122,32 @@ async def wake_model(
 async def plan_load(
     registry: CurrentRegistry, body: Annotated[PlanBody, Depends(json_body(PlanBody))]
 ) -> dict[str, Any]:
-    """What loading a model would mean now. Changes nothing."""
+    """What loading a model would mean now: whether it fits, who would leave, when it would be ready, which
+    other variants would fit. With `loads` the same of several models together: each with its bytes and
+    whether it fits beside those before it, and what would fit instead. Changes nothing."""
+    if body.loads is not None:
+        return joint_plan_view(await registry.plan_together(await _chosen(registry, body.loads)))
+    assert body.model is not None, "the schema wants one of them"
     key = await registry.choose(body.model, wish_of(body.optimizations))
     return {"model": key.model_id, "variant": str(key), **plan_view(await registry.plan(key))}
+
+
+async def _chosen(registry: Registry, loads: Sequence[PlannedLoadBody]) -> list[VariantKey]:
+    """The variants, each once. Raises what `choose` raises, with the field's place in the list."""
+    keys: list[VariantKey] = []
+    for number, load in enumerate(loads):
+        try:
+            key = await registry.choose(load.model, wish_of(load.optimizations))
+        except (InvalidRequestError, ModelNotFoundError) as error:
+            error.param = f"loads[{number}].{error.param or 'model'}"
+            raise
+        if key in keys:
+            raise InvalidRequestError(
+                f"loads[{number}] is {key}, as loads[{keys.index(key)}] is. Give each variant once.",
+                param=f"loads[{number}]",
+            )
+        keys.append(key)
+    return keys
 
 
 @router.get("/admin/memory")

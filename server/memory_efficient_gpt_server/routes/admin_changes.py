@@ -31,7 +31,9 @@ async def patch_model(
     body: Annotated[PatchModelBody, Depends(json_body(PatchModelBody))],
 ) -> dict[str, Any]:
     """Change a model's settings until the server ends; answers with the model. What follows, follows at once:
-    a model whose ttl_s is over is unloaded."""
+    a model whose ttl_s is over is unloaded, one with more KV memory than its hard limit gives back what it
+    can spare. 409 kv_limit_too_small with figures for a hard limit below what one request of full length
+    needs."""
     await change_model(registry, model_id, body.settings)
     return model_view(registry, registry.hosted(model_id).key)
 

@@ -40,11 +40,30 @@ def test_set_changes_and_shows_all_settings(stage: Start, megpt: Megpt) -> None:
     with stage() as s:
         at = ("--url", s.live.url)
         done = megpt("set", "A", "pinned=true", "ttl_s=60", "priority=-3", *at)
-        said = "A: unloaded, pinned=true, ttl_s=60, min_residency_s=0, priority=-3\n"
+        said = (
+            "A: unloaded, pinned=true, ttl_s=60, min_residency_s=0, priority=-3, kv_soft_limit_bytes=null, "
+            "kv_hard_limit_bytes=null\n"
+        )
         assert done == (0, said, "")
         assert "ttl_s=null" in megpt("set", "A", "ttl_s=null", "min_residency_s=2.5", *at)[1]
         entry = s.registry.entry("A")
         assert (entry.pinned, entry.ttl_s, entry.min_residency_s, entry.priority) == (True, None, 2.5, -3)
+
+
+def test_set_takes_sizes_and_takes_limits_away(stage: Start, megpt: Megpt) -> None:
+    host = FakeHost()
+    host.kv["A"] = (30, 1 << 40)
+    with stage(host) as s:
+        at = ("--url", s.live.url)
+        code, out, err = megpt("set", "A", "kv_soft_limit_bytes=4096", "kv_hard_limit_bytes=64MiB", *at)
+        assert (code, err) == (0, "") and out.endswith(
+            "soft_limit_bytes=4096, kv_hard_limit_bytes=67108864\n"
+        )
+        assert s.registry.entry("A").kv_limits == (4096, 64 << 20)
+        code, _, err = megpt("set", "A", "kv_hard_limit_bytes=1KiB", *at)
+        assert code == 1 and "kv_soft_limit_bytes is 4,096, more than kv_hard_limit_bytes, 1,024" in err
+        megpt("set", "A", "kv_hard_limit_bytes=null", *at)
+        assert s.registry.entry("A").kv_limits == (4096, None)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +76,8 @@ def test_set_changes_and_shows_all_settings(stage: Start, megpt: Megpt) -> None:
         ("ttl_s=inf", "ttl_s must be a number"),
         ("min_residency_s=null", "min_residency_s must be a number of seconds"),
         ("priority=1.5", "priority must be an integer"),
+        ("kv_hard_limit_bytes=-5", "kv_hard_limit_bytes must be bytes, a size such as 64MiB, or null"),
+        ("kv_soft_limit_bytes=", "kv_soft_limit_bytes must be bytes, a size"),
     ],
 )
 def test_wrong_settings_are_told_without_a_server(

@@ -99,6 +99,17 @@ def test_load_and_unload_return_when_it_is_done(stage: Start, megpt: Megpt) -> N
         assert s.state("A") == "unloaded"
 
 
+def test_a_load_without_evictions_leaves_everybody(stage: Start, megpt: Megpt) -> None:
+    with stage() as s:
+        s.ask("A")
+        code, out, err = megpt("load", "B", "--no-evict", *at(s))
+        assert (code, out) == (1, "") and "A would have to leave" in err and "without --no-evict" in err
+        assert s.state("A") == "ready"
+        listed = megpt("operations", *at(s))[1]
+        assert "load (nobody leaves)" in listed and "eviction_needed" in listed
+        assert megpt("unload", "A", *at(s))[0] == 0 and megpt("load", "B", "--no-evict", *at(s))[0] == 0
+
+
 def test_without_waiting_they_say_what_goes_on(stage: Start, megpt: Megpt, answer_ids: list[int]) -> None:
     host = FakeHost()
     host.held = {"A"}

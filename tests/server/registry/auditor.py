@@ -26,7 +26,9 @@ from memory_efficient_gpt_server.registry.effects import (
     UnloadReason,
 )
 from memory_efficient_gpt_server.registry.events import (
+    AdminLoad,
     AdminUnload,
+    AdminWake,
     Asked,
     BudgetPatched,
     Event,
@@ -35,19 +37,22 @@ from memory_efficient_gpt_server.registry.events import (
     LeaseReleased,
     Left,
     Loaded,
+    Patched,
     ProcessGone,
     Removed,
     Slept,
+    Tick,
     UnloadMode,
     Woke,
     WorkerDied,
 )
-from memory_efficient_gpt_server.registry.kv_room import kv_bytes, spare_bytes
+from memory_efficient_gpt_server.registry.kv_room import kv_bytes
 from memory_efficient_gpt_server.registry.ledger import Stage
 from memory_efficient_gpt_server.registry.records import RegistryState
 from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import VariantKey
 from tests.server.registry.fake_workers import FakeWorkers
+from tests.server.registry.kv_rules import at_limit, beyond_limit, check_spared
 
 MEASURES = (Loaded, Woke, Slept, ProcessGone, KvMoved, BudgetPatched)
 """Events that tell the ledger what is, so that it may show more than the budget."""
@@ -67,6 +72,10 @@ class Auditor:
     leases: dict[int, VariantKey] = field(default_factory=dict)
     ready_s: dict[VariantKey, float] = field(default_factory=dict)
     over_since_s: dict[str, float] = field(default_factory=dict)
+    may_evict: set[int] = field(default_factory=set)
+    """Of those who ever waited, those for whom others may leave."""
+    relimited: set[VariantKey] = field(default_factory=set)
+    beyond_since_s: dict[VariantKey, float] = field(default_factory=dict)
     first_in_line: tuple[VariantKey, float] | None = None
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -78,6 +87,10 @@ class Auditor:
     def before(self, event: Event) -> None:
         """Book what the event itself does."""
         match event:
+            case Asked(waiter) | AdminWake(waiter):
+                self.may_evict.add(waiter)
+            case AdminLoad(operation, may_evict=True):
+                self.may_evict.add(operation)
             case LeaseReleased(lease, _):
                 self.leases.pop(lease, None)
             case Removed():
@@ -109,6 +122,7 @@ class Auditor:
                 self._check_abort(key, reason, event, old, now_s)
             case StartUnload(key, reason) | StartSleep(key, reason):
                 self._check_dismissal(key, reason, old, new, now_s)
+                self._check_wanted(key, reason, event, old)
             case StartWake(key, size):
                 self._check_waking(key, size, new)
             case GrowKv(key, _):
@@ -126,7 +140,10 @@ class Auditor:
             self.counts["removed"] += 1
             assert all(key.model_id != event.model_id for key in new.records), "a record of no model is left"
             assert all(key.model_id != event.model_id for key in self.workers.workers), "a process is left"
+        if isinstance(event, Patched) and event.estimates:
+            self._note_limits(event, new)
         self._check_leases(new)
+        self._check_kv_limits(event, new, now_s)
         self._check_waiters(new, now_s)
         self._check_drains(old, new, now_s)
         for device in new.ledger.budgets:
@@ -215,7 +232,18 @@ class Auditor:
             resident_s = now_s - self.ready_s[key]
             assert resident_s >= entry.min_residency_s, f"{key} was evicted after {resident_s} s"
         if reason is UnloadReason.BUDGET and old.records[key].state is State.READY:
-            self._check_spared(key, old, new)
+            check_spared(key, old, new)
+
+    def _check_wanted(self, key: VariantKey, reason: UnloadReason, event: Event, old: RegistryState) -> None:
+        """Nobody goes for those who wanted nobody to: somebody waits who did not mind."""
+        if reason is UnloadReason.BUDGET:
+            others = [waiter for waiter, (wanted, _) in self.waiting.items() if wanted != key]
+            assert not self.may_evict.isdisjoint(others), f"{key} goes though nobody may for those who wait"
+        if reason is UnloadReason.OVERCOMMIT and isinstance(event, Loaded | Woke) and event.key != key:
+            waiters = [waiter for waiter, (wanted, _) in self.waiting.items() if wanted == event.key]
+            over = any(old.ledger.overcommitted_bytes(device) for device in old.ledger.budgets)
+            spared = waiters and self.may_evict.isdisjoint(waiters) and not over
+            assert not spared, f"{key} goes for {event.key}, which took too much, and nobody may for that"
 
     def _check_growth(self, key: VariantKey, event: Event, new: RegistryState) -> None:
         """Nobody grows beyond its limits, nor takes what a load waits for."""
@@ -229,33 +257,66 @@ class Auditor:
 
     def _check_waking(self, key: VariantKey, size: int, new: RegistryState) -> None:
         """Nobody wakes with KV memory that was not booked, or more than a load takes and it keeps."""
-        needs, soft = new.records[key].needs, new.entries[key.model_id].kv_soft_limit_bytes
+        needs, entry = new.records[key].needs, new.entries[key.model_id]
+        soft, hard = entry.kv_soft_limit_bytes, entry.kv_hard_limit_bytes
         assert kv_bytes(new.ledger, key) == size, f"{key} wakes with {size} KV bytes that are not booked"
         if needs.kv_least_bytes is not None:
             self.counts["woke with less KV than loaded"] += size < needs.kv_bytes
-            assert size <= max(needs.kv_bytes, needs.kv_least_bytes, soft or 0), f"{key} wakes with {size}"
+            if hard is not None:
+                assert size <= max(hard, needs.kv_least_bytes), f"{key} wakes with {size}, beyond its limit"
+            if key not in self.relimited:  # what it kept when it fell asleep may have been more than now
+                assert size <= max(needs.kv_bytes, needs.kv_least_bytes, soft or 0), (
+                    f"{key} wakes with {size}"
+                )
 
     def _check_gift(
         self, source: VariantKey, size: int, event: Event, old: RegistryState, new: RegistryState
     ) -> None:
-        """A giver keeps its soft limit, and gives to one at a time."""
-        record, before = new.records[source], old.records[source]
-        needs, soft = record.needs, new.entries[source.model_id].kv_soft_limit_bytes
+        """A giver keeps its soft limit, unless its hard limit is less, and gives to one at a time."""
+        record, before, entry = new.records[source], old.records[source], new.entries[source.model_id]
+        needs, soft, hard = record.needs, entry.kv_soft_limit_bytes, entry.kv_hard_limit_bytes
         assert needs.kv_least_bytes is not None, f"{source} can't give"
-        kept = max(needs.kv_least_bytes, needs.kv_bytes if soft is None else soft)
+        kept = needs.kv_bytes if soft is None else soft
+        kept = max(needs.kv_least_bytes, kept if hard is None else min(kept, hard))
         assert size > 0 and kv_bytes(new.ledger, source) - size >= kept, f"{source} must keep {kept}"
         answered = isinstance(event, KvMoved) and event.source == source
         assert before.giving is None or answered, f"{source} gives twice at a time"
         self.counts["gave KV in use"] += bool(record.leases)
 
-    def _check_spared(self, key: VariantKey, old: RegistryState, new: RegistryState) -> None:
-        """Nobody was evicted while idle models could give as many KV bytes as that frees."""
-        spare: Counter[str] = Counter()
-        for record in new.records.values():
-            if not record.leases:
-                spare[record.needs.device] += spare_bytes(new, record)
-        held = {d: old.ledger.held_bytes(key, d) for d in new.ledger.budgets}
-        assert any(size > spare[d] for d, size in held.items()), f"{key} left though {spare} could be given"
+    def _note_limits(self, event: Patched, new: RegistryState) -> None:
+        self.counts["limits changed"] += 1
+        self.relimited |= set(event.estimates)
+        for key in event.estimates:
+            record = new.records.get(key)
+            self.counts["limits changed below what is held"] += (
+                record is not None and beyond_limit(new, record) > 0
+            )
+
+    def _check_kv_limits(self, event: Event, new: RegistryState, now_s: float) -> None:
+        """Who has more KV memory than its hard limit is giving it back, and has when nobody uses it any more.
+
+        A worker may give less than it was told to: an idle one is asked again at the next tick.
+        """
+        for key, record in new.records.items():
+            if record.state is not State.READY or beyond_limit(new, record) <= 0:
+                self.beyond_since_s.pop(key, None)
+                continue
+            asked = record.giving is not None or record.kv_floor_bytes > 0
+            assert asked, (
+                f"{key} has {beyond_limit(new, record)} KV bytes too many and was not asked for them"
+            )
+            if record.leases:
+                self.beyond_since_s.pop(key, None)
+                continue
+            told = record.giving is not None or not isinstance(event, Tick)
+            assert told, f"{key} is idle beyond its limit, and is not asked again"
+            since_s = self.beyond_since_s.setdefault(key, now_s)
+            bound_s = 12 * (self.tick_s + 2.0)
+            assert now_s - since_s <= bound_s, f"{key} is idle beyond its limit for {now_s - since_s:.1f} s"
+        if isinstance(event, KvMoved) and (giver := new.records.get(event.source)) is not None:
+            self.counts["gave up what is beyond its limit"] += event.source in self.relimited and bool(
+                giver.state is State.READY and at_limit(new, giver)
+            )
 
     def _check_drains(self, old: RegistryState, new: RegistryState, now_s: float) -> None:
         """Models in use are drained for others only after patience, and are cut when a deadline says so."""

@@ -22,7 +22,7 @@ from memory_efficient_gpt_server.registry.ledger import Budget
 from memory_efficient_gpt_server.registry.owner import Registry
 from memory_efficient_gpt_server.registry.records import Policy
 from memory_efficient_gpt_server.registry.states import State
-from memory_efficient_gpt_server.registry.variants import HOST, Estimate, ModelEntry, VariantKey
+from memory_efficient_gpt_server.registry.variants import HOST, Estimate, KvLimits, ModelEntry, VariantKey
 from tests.server.scripted_model import INFO, ScriptedEngine
 
 FACTS = Facts("bf16", INFO.kv_cache_dtype)
@@ -45,6 +45,7 @@ class FakeEngine(ScriptedEngine):
         fails: str | None = None,
         facts: Facts = FACTS,
         kv: tuple[int, int] | None = None,
+        kv_least: int = 0,
     ) -> None:
         super().__init__([5, 6, 7], state="loading", info=None, reason="not started")
         self.pid: int | None = None
@@ -58,6 +59,7 @@ class FakeEngine(ScriptedEngine):
         self._weights_bytes = weights_bytes
         self._facts = facts
         self._kv = kv
+        self._kv_least = kv_least
         self.kv_in_use = 0
         self.kv_limits: list[int] = []
         self.told: list[int | str] = []
@@ -88,7 +90,7 @@ class FakeEngine(ScriptedEngine):
                 kv_cache_bytes=first,
                 num_kv_blocks=first - 1,
                 kv_block_bytes=1,
-                kv_least_bytes=0,
+                kv_least_bytes=min(first, self._kv_least),
                 kv_most_bytes=most,
             )
         self.state, self.reason = "ready", None
@@ -132,8 +134,9 @@ class FakeHost:
     All of these go by a model's id, or by a variant's name. held: loads wait for `finish`. broken:
     checkpoints that can't be looked at. impossible: variants that can't be had, and why. choices: what
     requests may choose, and facts: how it is served, both by model id. A variant has the size of its model
-    unless `sizes` says otherwise. kv: as FakeEngine's, by model id, and sleepy: which of those models can
-    give it back asleep. host_budget: the device is a GPU then, whose models can sleep in so much host memory.
+    unless `sizes` says otherwise. kv: as FakeEngine's, by model id, kv_least: what one request needs of it,
+    and sleepy: which of those models can give it back asleep. host_budget: the device is a GPU then, whose
+    models can sleep in so much host memory.
     """
 
     def __init__(
@@ -149,6 +152,7 @@ class FakeHost:
         self.fails: dict[str, str] = {}
         self.broken: set[str] = set()
         self.kv: dict[str, tuple[int, int]] = {}
+        self.kv_least: dict[str, int] = {}
         self.sleepy: set[str] = set()
         self.sizes = {"A": 60, "B": 60, "C": 60} | (sizes or {})
         self.impossible: dict[str, str] = {}
@@ -190,22 +194,31 @@ class FakeHost:
         choices = self.choices.get(model_id, Choices())
         return HostedModel(entry, VariantKey(model_id), self._provide, model_id in self.at_start, choices)
 
-    def _provide(self, key: VariantKey) -> Provision:
+    def _provide(self, key: VariantKey, limits: KvLimits) -> Provision:
         name = str(key)
         if name in self.broken:
             raise CheckpointError("weights.safetensors is truncated. Download it again.")
         if name in self.impossible:
             raise ConfigError([self.impossible[name]])
-        first, most = self.kv.get(key.model_id, (0, None))
+        first, most = self._kv(key, limits) or (0, None)
+        least = None if most is None else min(first, self.kv_least.get(key.model_id, 0))
         estimate = Estimate(
             device=self._device,
             weights_bytes=self._size(key),
             kv_bytes=first,
-            kv_least_bytes=None if most is None else 0,
+            kv_least_bytes=least,
             kv_most_bytes=most,
             can_sleep=self._device != HOST or key.model_id in self.sleepy,
         )
-        return Provision(estimate, lambda: self._make(key), self._served(key))
+        return Provision(estimate, lambda: self._make(key, limits), self._served(key))
+
+    def _kv(self, key: VariantKey, limits: KvLimits) -> tuple[int, int] | None:
+        """Where it begins and how far it may grow, as real models do within limits."""
+        if key.model_id not in self.kv:
+            return None
+        first, most = self.kv[key.model_id]
+        most = most if limits.hard_bytes is None else min(most, limits.hard_bytes)
+        return min(max(first, limits.soft_bytes or 0), most), most
 
     def _served(self, key: VariantKey) -> Facts:
         return facts_of(key, self.facts.get(key.model_id, FACTS))
@@ -213,14 +226,15 @@ class FakeHost:
     def _size(self, key: VariantKey) -> int:
         return self.sizes.get(str(key), self.sizes[key.model_id])
 
-    def _make(self, key: VariantKey) -> FakeEngine:
+    def _make(self, key: VariantKey, limits: KvLimits) -> FakeEngine:
         name = str(key)
         engine = FakeEngine(
             self._size(key),
             held=name in self.held,
             fails=self.fails.get(name),
             facts=self._served(key),
-            kv=self.kv.get(key.model_id),
+            kv=self._kv(key, limits),
+            kv_least=self.kv_least.get(key.model_id, 0),
         )
         self.engines[name].append(engine)
         return engine

@@ -48,11 +48,12 @@ News: TypeAlias = Callable[[], Event | None]
 class FakeWorker:
     """One process. phase: loading, ready, sleeping, asleep, waking or ending; held: bytes by device.
 
-    num_sleeps: how often it was put to sleep.
+    size: what it takes once it is ready, decided when it begins. num_sleeps: how often it was put to sleep.
     """
 
     phase: str
     held: dict[str, int]
+    size: Estimate
     kv_bytes: int = 0
     num_sleeps: int = 0
 
@@ -122,7 +123,7 @@ class FakeWorkers:
     def _load(self, key: VariantKey, reserved: Estimate) -> None:
         assert key not in self.workers, f"{key} is loaded twice"
         nature, rng = self.natures[key], self.rng
-        worker = self.workers[key] = FakeWorker("loading", per_device(reserved.awake()))
+        worker = self.workers[key] = FakeWorker("loading", per_device(reserved.awake()), nature.size)
         delay_s = nature.load_s * rng.uniform(0.8, 1.3)
         if rng.random() < nature.fails:
             self.later(
@@ -141,8 +142,7 @@ class FakeWorkers:
 
     def _become_ready(self, key: VariantKey, worker: FakeWorker, kv_bytes: int | None = None) -> Estimate:
         """kv_bytes: of its KV cache; None: as it is loaded."""
-        nature = self.natures[key]
-        measured = nature.size
+        nature, measured = self.natures[key], worker.size
         if kv_bytes is not None:
             measured = replace(measured, kv_bytes=kv_bytes)
         if self.rng.random() < nature.swells:
@@ -206,7 +206,7 @@ class FakeWorkers:
         awake = giver.phase in ("ready", "ending") and giver.num_sleeps == num_sleeps
         if self.workers.get(source) is not giver or not (awake or falls_asleep):
             return None
-        if self.rng.random() < 0.2:
+        if self.rng.random() < 0.3:
             size = self.rng.randint(0, size)
         moved = min(size, giver.kv_bytes)
         giver.kv_bytes -= moved

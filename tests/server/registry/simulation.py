@@ -46,13 +46,19 @@ from memory_efficient_gpt_server.registry.events import (
     UnloadMode,
 )
 from memory_efficient_gpt_server.registry.ledger import Budget
-from memory_efficient_gpt_server.registry.load_queue import FailureRule
-from memory_efficient_gpt_server.registry.records import Policy, RegistryState
+from memory_efficient_gpt_server.registry.records import RegistryState
 from memory_efficient_gpt_server.registry.reducer import step
 from memory_efficient_gpt_server.registry.states import State
-from memory_efficient_gpt_server.registry.variants import HOST, Estimate, ModelEntry, VariantKey
+from memory_efficient_gpt_server.registry.variants import HOST, Estimate, VariantKey
 from tests.server.registry.auditor import Auditor, deadline_of
 from tests.server.registry.fake_workers import FakeWorkers, Nature, News
+from tests.server.registry.random_worlds import (
+    random_entry,
+    random_estimate,
+    random_nature,
+    random_policy,
+    relimited,
+)
 
 LONGEST_USE_S = 20.0
 HORIZON_S = 5_000.0
@@ -76,6 +82,7 @@ class Simulation:
     workers: FakeWorkers = field(init=False)
     auditor: Auditor = field(init=False)
     estimates: dict[VariantKey, Estimate] = field(init=False)
+    unlimited: dict[VariantKey, Estimate] = field(init=False)
     tick_s: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,15 +92,16 @@ class Simulation:
         for index in range(rng.choice((1, 1, 1, 2))):
             budgets[f"cuda:{index}"] = Budget(rng.randint(100, 220), rng.randint(0, 25))
         devices = [*budgets, "cuda:0", "cuda:0"]
-        entries = [_entry(rng, f"m{i}") for i in range(rng.randint(2, 5))]
+        entries = [random_entry(rng, f"m{i}") for i in range(rng.randint(2, 5))]
         natures: dict[VariantKey, Nature] = {}
         self.estimates = {}
         for entry in entries:
             for quantization in (None, "int4")[: rng.choice((1, 1, 2))]:
                 key = VariantKey(entry.id, quantization)
-                self.estimates[key] = _estimate(rng, rng.choice(devices))
-                natures[key] = _nature(rng, self.estimates[key])
-        self.state = RegistryState.initial(budgets, {e.id: e for e in entries}, _policy(rng))
+                self.estimates[key] = random_estimate(rng, rng.choice(devices))
+                natures[key] = random_nature(rng, self.estimates[key])
+        self.unlimited = dict(self.estimates)
+        self.state = RegistryState.initial(budgets, {e.id: e for e in entries}, random_policy(rng))
         self.workers = FakeWorkers(rng, natures, self._later)
         self.auditor = Auditor(self.workers, LONGEST_USE_S, self.tick_s)
 
@@ -176,6 +184,9 @@ class Simulation:
         for _ in range(rng.choice((0, 0, 5, 20))):
             self._later(rng.uniform(0, length_s), partial(KvWanted, rng.choice(keys), rng.choice((5, 60))))
 
+        for _ in range(rng.choice((0, 0, 4))):  # when all is calm
+            self._later(length_s + rng.uniform(0, 60), partial(self._relimit, rng.choice(keys)))
+
     def _new_id(self, key: VariantKey, deadline_s: float) -> int:
         self._last_id += 1
         self.auditor.expect(self._last_id, key, deadline_s)
@@ -194,9 +205,11 @@ class Simulation:
     def _wish(self, key: VariantKey) -> Event | None:
         """Something that an administrator or a worker wants."""
         rng = self.rng
-        wish = rng.choice((0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 9))
+        wish = rng.choice((0, 0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 8, 8, 8, 9))
         if wish == 9:
             return self._remove(key)
+        if wish == 8:
+            return self._relimit(key)
         if wish < 5:
             return self._operation(key, wish)
         if wish == 5:
@@ -208,6 +221,25 @@ class Simulation:
             device = rng.choice(list(self.state.ledger.budgets))
             return BudgetPatched(device, Budget(rng.randint(60, 220), rng.randint(0, 20)))
         return KvWanted(key, rng.choice((10, 200)))
+
+    def _relimit(self, key: VariantKey) -> Event | None:
+        """Change how much KV memory a model keeps and may have; its later loads begin with other sizes."""
+        entry = self.state.entries.get(key.model_id)
+        if entry is None:
+            return None
+        mine = [k for k in self.estimates if k.model_id == key.model_id]
+        least = max(self.estimates[k].kv_least_bytes or 0 for k in mine)  # less is refused (changes.py)
+        hard = self.rng.choice((None, max(least, 1), max(least, 1), max(least, 8), 40))
+        soft = self.rng.choice([n for n in (None, 1, 6, 20) if n is None or hard is None or n <= hard])
+        for k in mine:
+            self.estimates[k] = relimited(self.unlimited[k], soft, hard)
+            nature, now = self.workers.natures[k], self.estimates[k]
+            nature.size = replace(
+                nature.size, kv_bytes=now.kv_bytes, kv_least_bytes=now.kv_least_bytes,
+                kv_most_bytes=now.kv_most_bytes,
+            )  # fmt: skip
+        changed = replace(entry, kv_soft_limit_bytes=soft, kv_hard_limit_bytes=hard)
+        return Patched(changed, {k: self.estimates[k] for k in mine})
 
     def _remove(self, key: VariantKey) -> Event:
         """Forget a model; if it goes, it is registered again after a while, as it was."""
@@ -227,7 +259,7 @@ class Simulation:
             self._later(rng.uniform(0.0, 8.0), partial(self._cancel, key, operation))
         match wish:
             case 0:
-                return AdminLoad(operation, key, self.estimates[key])
+                return AdminLoad(operation, key, self.estimates[key], may_evict=rng.random() < 0.4)
             case 1 | 2:
                 mode = rng.choice(list(UnloadMode))
                 return AdminUnload(operation, key, mode, rng.choice((None, 0.0, 5.0)))
@@ -245,61 +277,6 @@ class Simulation:
         for key in self.estimates:
             operation = self._new_id(key, self.now_s + HORIZON_S)
             self._feed(AdminUnload(operation, key, UnloadMode.DRAIN))
-
-
-def _entry(rng: random.Random, model_id: str) -> ModelEntry:
-    return ModelEntry(
-        id=model_id,
-        source=model_id,
-        pinned=rng.random() < 0.1,
-        ttl_s=rng.choice((None, None, 8.0, 30.0)),
-        min_residency_s=rng.choice((0.0, 0.0, 2.0, 10.0)),
-        priority=rng.choice((0, 0, 0, 1, 2)),
-        kv_soft_limit_bytes=rng.choice((None, 2, 8)),
-        kv_hard_limit_bytes=rng.choice((None, None, 30)),
-    )
-
-
-def _estimate(rng: random.Random, device: str) -> Estimate:
-    kv_bytes, moves = rng.randint(0, 25), rng.random() < 0.7
-    return Estimate(
-        device=device,
-        weights_bytes=rng.randint(5, 90),
-        kv_bytes=kv_bytes,
-        kv_least_bytes=rng.randint(0, kv_bytes) if moves else None,
-        kv_most_bytes=kv_bytes + rng.randint(0, 100) if moves else None,
-        workspace_bytes=rng.randint(0, 8),
-        graphs_bytes=rng.randint(0, 4) if device != HOST else 0,
-        context_bytes=rng.randint(1, 5) if device != HOST else 0,
-        host_bytes=rng.randint(0, 6),
-        can_sleep=(device != HOST or kv_bytes > 0) and rng.random() < 0.8,
-    )
-
-
-def _nature(rng: random.Random, estimate: Estimate) -> Nature:
-    weights = int(estimate.weights_bytes * rng.choice((0.9, 1.0, 1.0, 1.0, 1.3)))
-    return Nature(
-        size=replace(estimate, weights_bytes=weights),
-        load_s=rng.uniform(0.1, 9.0),
-        fails=rng.choice((0.0, 0.0, 0.0, 0.05, 0.05, 0.3, 1.0 if rng.random() < 0.2 else 0.1)),
-        crashes=rng.choice((0.0, 0.0, 0.05, 0.2)),
-        leaks=rng.choice((0.0, 0.0, 0.2)),
-        swells=rng.choice((0.0, 0.0, 0.1, 0.5)),
-    )
-
-
-def _policy(rng: random.Random) -> Policy:
-    return Policy(
-        max_wait_s=rng.choice((10.0, 40.0, 90.0, 300.0)),
-        patience_s=rng.choice((0.0, 3.0, 10.0)),
-        max_waiters=rng.choice((6, 100)),
-        max_loads=rng.choice((1, 2, 4)),
-        most_swaps=rng.choice((1, 3, 20)),
-        churn_window_s=rng.choice((5.0, 20.0)),
-        most_records=rng.choice((2, 256, 256)),
-        failures=FailureRule(expiry_s=rng.choice((20.0, 200.0))),
-        load_bytes_per_s=10.0,
-    )
 
 
 def _tell(now_s: float, event: Event, effects: tuple[Effect, ...], state: RegistryState) -> None:

@@ -170,7 +170,10 @@ def test_a_model_that_comes_is_told_with_its_settings() -> None:
     driver.feed(Patched(entry))
     ((kind, facts),) = driver.told
     assert before.entries.keys() == {"B", "C"} and (kind, facts["change"]) == ("model", "registered")
-    assert facts["settings"] == {"pinned": False, "ttl_s": 5.0, "min_residency_s": 0.0, "priority": 0}
+    assert facts["settings"] == {
+        "pinned": False, "ttl_s": 5.0, "min_residency_s": 0.0, "priority": 0, "kv_soft_limit_bytes": None,
+        "kv_hard_limit_bytes": None,
+    }  # fmt: skip
 
 
 def test_who_leaves_is_no_news_unless_the_model_is_wanted_no_more() -> None:

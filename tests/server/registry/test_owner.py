@@ -298,7 +298,7 @@ async def test_who_asked_is_answered_when_the_owner_fails(monkeypatch: pytest.Mo
 async def test_an_engine_that_cannot_be_made_is_a_failed_load(monkeypatch: pytest.MonkeyPatch) -> None:
     host = FakeHost()
 
-    def broken(model_id: str) -> None:
+    def broken(model_id: str, limits: object) -> None:
         raise OSError("no more processes")
 
     monkeypatch.setattr(host, "_make", broken)

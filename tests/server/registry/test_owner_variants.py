@@ -12,7 +12,7 @@ from memory_efficient_gpt_server.errors import LoadFailedError
 from memory_efficient_gpt_server.registry.choice import Choices, Facts, Wish
 from memory_efficient_gpt_server.registry.owner import Named, Registry
 from memory_efficient_gpt_server.registry.states import State
-from memory_efficient_gpt_server.registry.variants import VariantKey
+from memory_efficient_gpt_server.registry.variants import KvLimits, VariantKey
 from tests.server.registry.fake_engines import FakeHost, reaches
 from tests.server.registry.holders import end, holder, settle
 
@@ -66,9 +66,9 @@ async def test_choosing_loads_nothing_and_looks_at_each_variant_once() -> None:
     looked: list[str] = []
     provide = made._provide
 
-    def counted(key: VariantKey) -> object:
+    def counted(key: VariantKey, limits: KvLimits) -> object:
         looked.append(str(key))
-        return provide(key)
+        return provide(key, limits)
 
     made._provide = counted  # type: ignore[method-assign,assignment]
     async with made.registry() as registry:

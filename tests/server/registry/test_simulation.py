@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
-from memory_efficient_gpt_server.registry import scheduling
+from memory_efficient_gpt_server.registry import kv_sharing, scheduling
 from memory_efficient_gpt_server.registry.draft import Draft
+from memory_efficient_gpt_server.registry.load_queue import LoadQueue
 from memory_efficient_gpt_server.registry.records import VariantRecord
 from tests.server.registry.simulation import Simulation
 
@@ -29,11 +30,14 @@ def test_random_lives_break_no_rule_and_reach_what_they_should() -> None:
         "MoveKv",
         "aborted: drain_deadline",
         "refused: churn_limited",
+        "refused: eviction_needed",
     ):
         assert counts[rare] > 0, f"the simulation never comes to {rare}"
     assert counts["drained for another model"] > 50
     assert counts["overcommitted"] > 20
     assert counts["removals"] > counts["removed"] > 20
+    assert counts["limits changed below what is held"] > 10
+    assert counts["gave up what is beyond its limit"] > 10
 
 
 def test_a_seed_decides_everything() -> None:
@@ -55,6 +59,23 @@ def test_waiters_that_nobody_answers_are_noticed(monkeypatch: pytest.MonkeyPatch
 def test_a_registry_that_does_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "_makes_room", lambda *_: True)
     assert _noticed("nothing moves")
+
+
+def test_evictions_that_nobody_wanted_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LoadQueue, "spares_others", lambda *_: False)
+    assert _noticed("goes though nobody may")
+
+
+def test_a_model_that_keeps_more_than_its_new_limit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "keep_limits", lambda *_: None)
+    assert _noticed("was not asked for them")
+
+
+def test_a_model_that_is_never_asked_again_for_what_is_beyond_its_limit_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kv_sharing, "forget_floors", lambda draft: None)
+    assert _noticed("is not asked again")
 
 
 _real_gone = Draft.gone

@@ -15,8 +15,8 @@ from memory_efficient_gpt.memory.figures import MemoryEstimate
 from memory_efficient_gpt.memory.workspace import CUDA_CONTEXT_BYTES, WORKER_BYTES
 from memory_efficient_gpt_server.budgeted_hosting import _budgets
 from memory_efficient_gpt_server.registry.ledger import Budget
-from memory_efficient_gpt_server.registry.sizing import KvLimits, registry_estimate, sized
-from memory_efficient_gpt_server.registry.variants import HOST, per_device
+from memory_efficient_gpt_server.registry.sizing import registry_estimate, sized
+from memory_efficient_gpt_server.registry.variants import HOST, KvLimits, per_device
 
 SIZES: dict[str, Any] = {"weights_bytes": 16_000_000_000, "kv_cache_bytes": 4_000_000_000}
 BLOCK = 24_576

@@ -54,7 +54,7 @@ def test_on_the_host_a_sleep_frees_the_kv_cache_and_parks_nothing() -> None:
 
 
 def test_an_entry_that_keeps_more_kv_than_it_may_have_is_an_error() -> None:
-    with pytest.raises(ValueError, match="keeps 9"):
+    with pytest.raises(ValueError, match="kv_soft_limit_bytes is 9, more than kv_hard_limit_bytes, 8"):
         ModelEntry(id="m", source="m", kv_soft_limit_bytes=9, kv_hard_limit_bytes=8)
     assert ModelEntry(id="m", source="m", kv_soft_limit_bytes=8, kv_hard_limit_bytes=8).id == "m"
     with pytest.raises(ValueError, match="times"):
