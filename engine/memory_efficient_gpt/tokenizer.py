@@ -67,6 +67,8 @@ class Tokenizer:
         fast form of the tokenizer.
         """
         folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"There is no folder {folder}. Put the model back, or stop serving it.")
         with _LOADING:
             from transformers import AutoTokenizer
 
@@ -76,7 +78,7 @@ class Tokenizer:
                 )
             except Exception as error:  # the tokenizers library raises bare Exception
                 raise CheckpointError(
-                    f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}). "
+                    f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error!s:.300}). "
                     "It needs tokenizer.json and tokenizer_config.json."
                 ) from error
         return cls(tokenizer, read_eos_token_ids(folder))

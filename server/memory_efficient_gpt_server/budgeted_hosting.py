@@ -114,7 +114,7 @@ def _hosted(
     return HostedModel(
         _entry(model),
         VariantKey(model.id),
-        lru_cache(MOST_PROVISIONS)(partial(_provide, config, budget_bytes, worker)),
+        lru_cache(MOST_PROVISIONS)(partial(_provide, config, folder, budget_bytes, worker)),
         at_start=model.load == "start",
         choices=_choices(model, folder),
     )
@@ -157,11 +157,13 @@ def _require_choosable(hosted: Sequence[HostedModel]) -> None:
 
 def _provide(
     config: EngineConfig,
+    folder: Path,
     budget_bytes: int,
     worker: Callable[..., WorkerModel],
     key: VariantKey,
     limits: KvLimits,
 ) -> Provision:
+    _require_files(folder)
     if key.quantization is not None:
         config = replace(config, quantization=None if key.quantization == UNQUANTIZED else key.quantization)
     if key.kv_cache_dtype != "auto":
@@ -182,6 +184,14 @@ def _provide(
         lambda: worker(final, name=name),
         facts_of_config(final),
     )
+
+
+def _require_files(folder: Path) -> None:
+    """Raises CheckpointError if the folder is gone or has no tokenizer, as every request needs one."""
+    if not folder.is_dir():
+        raise CheckpointError(f"its folder {folder} is gone. Put it back, or remove the model.")
+    if not (folder / "tokenizer.json").is_file():
+        Tokenizer.load(folder)
 
 
 def _served(model: ModelSettings, folder: Path) -> Callable[[Registry], ServedModel]:

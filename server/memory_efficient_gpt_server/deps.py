@@ -18,6 +18,7 @@ from typing import Annotated, Any, Final, TypeVar
 from fastapi import Depends, Request
 from pydantic import BaseModel, ValidationError
 
+from memory_efficient_gpt.errors import InvalidRequestError
 from memory_efficient_gpt_server.admission import Admission
 from memory_efficient_gpt_server.body_problems import refused_body
 from memory_efficient_gpt_server.errors import (
@@ -125,6 +126,32 @@ def require_admin(request: Request, client: Annotated[Client, Depends(require_ke
     return client
 
 
+WAITING_ROUTES: Final = ("load", "unload", "sleep", "wake")
+
+
+def known_query(request: Request) -> bool | None:
+    """What the query says of waiting, for routes of operations; other parameters are refused by name.
+
+    Raises InvalidRequestError.
+    """
+    may_wait = request.method == "POST" and request.url.path.rsplit("/", 1)[-1] in WAITING_ROUTES
+    for name, value in request.query_params.multi_items():
+        if name != "wait" or not may_wait:
+            known = "wait is the only one" if may_wait else "it takes none"
+            raise InvalidRequestError(
+                f"{name[:80]!r} is not a query parameter of this path; {known}. Leave it out.",
+                param=name[:80],
+            )
+        if value not in ("true", "false"):
+            raise InvalidRequestError(f"wait must be true or false, got {value[:80]!r}.", param="wait")
+    wait = request.query_params.get("wait")
+    return None if wait is None else wait == "true"
+
+
+ADMIN_ONLY: Final = (Depends(require_admin), Depends(known_query))
+"""What every route of administrators depends on."""
+
+
 def require_metrics_access(request: Request) -> None:
     """As `require_key`, unless the settings make metrics public."""
     if not server_of(request).settings.metrics_public:
@@ -143,7 +170,7 @@ def json_body(schema: type[_Schema], *, optional: bool = False) -> Callable[[Req
     """A dependency that reads the body as `schema`. optional: whether no body is as good as `{}`."""
 
     async def read(request: Request) -> _Schema:
-        absent = optional and "content-type" not in request.headers and _announces_nothing(request)
+        absent = optional and _announces_nothing(request)
         body = b"{}" if absent else await read_body(request, server_of(request).settings)
         try:
             return schema.model_validate_json(body, strict=True)

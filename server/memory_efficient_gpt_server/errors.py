@@ -103,6 +103,10 @@ class ModelLoadingError(OverloadedError):
     code = "model_loading"
 
 
+class ModelNotLoadedError(ModelLoadingError):
+    """The model is not loaded, and nothing loads it: the same request has the same answer a second later."""
+
+
 class ModelsBusyError(OverloadedError):
     """There is no room for the model: those that are loaded are in use."""
 
@@ -315,7 +319,9 @@ async def _handle(request: Request, error: Exception) -> Response:
     record: RequestRecord = request.scope["megpt.record"]
     answer = answer_for(error, record.id)
     record.error = answer.code
-    return answer.response()
+    response = answer.response()
+    response.headers.update(request.scope.get("megpt.headers", {}))  # what its route says of the request
+    return response
 
 
 def _http_answer(error: HTTPException) -> ErrorAnswer:
@@ -331,6 +337,8 @@ def _http_answer(error: HTTPException) -> ErrorAnswer:
 
 
 def _headers(error: MegptError, kind: ErrorKind) -> tuple[tuple[str, str], ...]:
+    if isinstance(error, ModelNotLoadedError):
+        return (("x-should-retry", "false"),)
     if isinstance(error, OverloadedError):
         return (("retry-after", str(retry_after_s(error))),)
     if isinstance(error, ModelLoadError | InsufficientMemoryError):

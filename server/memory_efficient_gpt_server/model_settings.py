@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from memory_efficient_gpt.config import Dtype, EngineConfig, KVCacheDtype
 from memory_efficient_gpt.errors import ConfigError
 from memory_efficient_gpt.quantization.scheme import parse_scheme
 from memory_efficient_gpt_server.registry.variants import beyond_hard_limit
-from memory_efficient_gpt_server.variant_settings import Variants
+from memory_efficient_gpt_server.variant_settings import Variants, VariantSettings
 
 LIFECYCLE_FIELDS: Final = (
     "load", "pinned", "ttl_s", "min_residency_s", "priority", "variants", "kv_soft_limit_bytes",
@@ -40,6 +40,11 @@ def _checked_id(value: str) -> str:
     return value
 
 
+def _listed(value: Any) -> Any:
+    """A JSON array, which a strict check would not take for a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 class ModelSettings(BaseModel):
     """One model to serve: its id in the API, where it is, and how its engine runs."""
 
@@ -48,8 +53,8 @@ class ModelSettings(BaseModel):
     id: Annotated[str, AfterValidator(_checked_id)] = Field(
         "", description="name in the API; empty takes the last part of `model`"
     )
-    aliases: tuple[Annotated[str, AfterValidator(_checked_id)], ...] = Field(
-        (), description="other names for it that requests may use"
+    aliases: Annotated[tuple[Annotated[str, AfterValidator(_checked_id)], ...], BeforeValidator(_listed)] = (
+        Field((), description="other names for it that requests may use")
     )
     model: str = Field(
         min_length=1, description="bundled model's name, checkpoint folder, or hub id (org/name)"
@@ -131,6 +136,7 @@ class ModelSettings(BaseModel):
                 parse_scheme(self.quantization)
             self.engine_config()
             self._check_kv_limits()
+            self._check_variants()
         except ConfigError as error:
             raise ValueError(" ".join(error.problems)) from error
         return self
@@ -139,6 +145,13 @@ class ModelSettings(BaseModel):
         for name in ("kv_soft_limit_bytes", "kv_cache_bytes"):
             if problem := beyond_hard_limit(name, getattr(self, name), self.kv_hard_limit_bytes):
                 raise ConfigError([problem])
+
+    def _check_variants(self) -> None:
+        listed = () if self.variants == "any" else self.variants
+        if self.quantization is None and VariantSettings(quantization="bf16") in listed:
+            raise ConfigError(
+                ["variants lists bf16, but without quantization that is the model itself. Leave it out."]
+            )
 
     def engine_config(self) -> EngineConfig:
         """The engine's view of this."""

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from memory_efficient_gpt.engine_info import EngineInfo, EngineStats
-from memory_efficient_gpt.errors import ModelNotFoundError
+from memory_efficient_gpt.errors import ModelLoadError, ModelNotFoundError
 from memory_efficient_gpt.request import Request, SequenceEvent
+from memory_efficient_gpt_server.errors import LoadFailedError
 from memory_efficient_gpt_server.served_variant import ServedVariant, takes_requests
 
 if TYPE_CHECKING:
@@ -162,7 +163,8 @@ class ServedModel:
         return self.config_vocab_size if self.engine.info is None else self.engine.info.vocab_size
 
     async def prepare(self) -> None:
-        """Have the tokenizer at hand. Raises OverloadedError or ModelLoadError if it takes no requests.
+        """Have the tokenizer at hand. Raises OverloadedError or ModelLoadError if it takes no requests, or if
+        there is none.
 
         All who ask meanwhile share one load. A model under a registry takes requests at any time.
         """
@@ -170,7 +172,16 @@ class ServedModel:
             self.as_configured.require_ready()
         async with self._preparing:
             if callable(self.tokenizer_source):
-                self.tokenizer_source = await asyncio.to_thread(self.tokenizer_source)
+                self.tokenizer_source = await self._load_tokenizer(self.tokenizer_source)
+
+    async def _load_tokenizer(self, load: Callable[[], Tokenizer]) -> Tokenizer:
+        """Of a model under a registry it is a part of what a request has loaded, and fails as that does."""
+        try:
+            return await asyncio.to_thread(load)
+        except ModelLoadError as error:
+            if self.registry is None:
+                raise
+            raise LoadFailedError(f"Model {self.id} can't be loaded: {error.message}") from error
 
     @property
     def as_configured(self) -> ServedVariant:

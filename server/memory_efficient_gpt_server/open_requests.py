@@ -76,6 +76,11 @@ class OpenRequests:
     def __iter__(self) -> Iterator[OpenRequest]:
         return iter(tuple(self._requests.values()))
 
+    @property
+    def wait_for_next(self) -> bool:
+        """Whether a worker has died and those aboard (if any) wait for the next one."""
+        return self._deadline is not None
+
     def add(self, request: OpenRequest) -> None:
         """Take a request aboard; its id is new."""
         self._requests[request.request.id] = request

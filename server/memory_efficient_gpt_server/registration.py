@@ -13,8 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from memory_efficient_gpt.errors import CheckpointError, ConfigError, InvalidRequestError, ModelNotFoundError
+from memory_efficient_gpt.errors import (
+    CheckpointError,
+    ConfigError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
 from memory_efficient_gpt_server.daemon_thread import in_daemon_thread
 from memory_efficient_gpt_server.errors import ModelExistsError
 from memory_efficient_gpt_server.model_settings import ModelSettings, models_in
@@ -23,6 +30,9 @@ from memory_efficient_gpt_server.models import ModelCatalog, ServedModel
 from memory_efficient_gpt_server.registry.changes import add_model, model_exists, remove_model
 from memory_efficient_gpt_server.registry.hosted import HostedModel
 from memory_efficient_gpt_server.registry.owner import Registry
+from memory_efficient_gpt_server.registry.variants import find_entry
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,10 @@ async def prepare(
             param="load",
         )
     source = await asyncio.to_thread(allowed_source, model.model, models_dir)
-    return await _prepare(catalog, registry, model.model_copy(update={"model": source, "load": "on_demand"}))
+    model = model.model_copy(update={"model": source, "load": "on_demand"})
+    prepared = await _prepare(catalog, registry, model)
+    await _in_thread(partial(prepared.hosted.provide, prepared.hosted.key))  # else each client were told
+    return prepared
 
 
 async def offer(catalog: ModelCatalog, registry: Registry, model: Prepared) -> None:
@@ -87,6 +100,7 @@ async def rescan(catalog: ModelCatalog, registry: Registry, models_dir: Path | N
     added: list[str] = []
     for model in found:
         if model.id in registry.models:
+            problems += _taken(registry, model)
             continue
         try:
             await offer(catalog, registry, await _prepare(catalog, registry, model))
@@ -98,6 +112,17 @@ async def rescan(catalog: ModelCatalog, registry: Registry, models_dir: Path | N
     return Rescan(tuple(added), missing, tuple(problems))
 
 
+def _taken(registry: Registry, model: ModelSettings) -> list[str]:
+    """What is to be said of a folder whose name is a registered model's id: nothing if it is that model."""
+    source = registry.entry(model.id).source
+    if Path(source).absolute() == Path(model.model):
+        return []
+    return [
+        f"models_dir has a folder {model.id!r}, which is the id of another model (from {source}); rename the "
+        "folder."
+    ]
+
+
 def _missing(registry: Registry, models_dir: Path) -> tuple[str, ...]:
     root = models_dir.absolute()
     entries = list(registry.state.entries.values())
@@ -107,13 +132,19 @@ def _missing(registry: Registry, models_dir: Path) -> tuple[str, ...]:
 
 async def _prepare(catalog: ModelCatalog, registry: Registry, model: ModelSettings) -> Prepared:
     assert catalog.maker is not None, "a registry without a maker of models"
-    if model.id in registry.models:  # before anything is downloaded; looked up again when it is offered
-        raise model_exists(model.id)
+    for name in (model.id, *model.aliases):  # before anything is downloaded; again when it is offered
+        if find_entry(registry.state.entries, name) is not None:
+            raise model_exists(registry, name)
     budgets = {device: budget.total_bytes for device, budget in registry.state.ledger.budgets.items()}
+    hosted, served = await _in_thread(partial(catalog.maker.make, model, budgets))
+    return Prepared(hosted, served)
+
+
+async def _in_thread(look: Callable[[], T]) -> T:
+    """What `look` finds out about a model. Raises InvalidRequestError, ModelNotFoundError."""
     try:
-        hosted, served = await in_daemon_thread(partial(catalog.maker.make, model, budgets))
+        return await in_daemon_thread(look)
     except ConfigError as error:
         raise InvalidRequestError(" ".join(error.problems)) from error
-    except CheckpointError as error:
+    except (CheckpointError, UnsupportedModelError) as error:
         raise InvalidRequestError(error.message, param="model") from error
-    return Prepared(hosted, served)

@@ -21,7 +21,7 @@ from memory_efficient_gpt_server.registry.effects import UnloadReason
 from memory_efficient_gpt_server.registry.owner import Registry
 from memory_efficient_gpt_server.registry.records import VariantRecord
 from memory_efficient_gpt_server.registry.states import State, liveliest
-from memory_efficient_gpt_server.registry.variants import Estimate
+from memory_efficient_gpt_server.registry.variants import MEASURED_KINDS, Estimate
 
 _EVICTIONS: Final = (UnloadReason.BUDGET, UnloadReason.OVERCOMMIT, UnloadReason.TTL, UnloadReason.ADMIN)
 _SLEEPS: Final = (UnloadReason.BUDGET, UnloadReason.OVERCOMMIT, UnloadReason.ADMIN)
@@ -76,8 +76,8 @@ def _loads(registry: Registry) -> Iterator[Metric]:
 def _estimates(registry: Registry) -> Iterator[Metric]:
     family = GaugeMetricFamily(
         "megpt_model_estimate_error_ratio",
-        "By how much the last load took more than was estimated before it, as a share; of the variant that "
-        "is furthest off.",
+        "By how much the weights and the KV cache of the last load took more than was estimated before it, "
+        "as a share; of the variant that is furthest off.",
         labels=["model_name"],
     )
     for model_id in registry.models:
@@ -88,8 +88,12 @@ def _estimates(registry: Registry) -> Iterator[Metric]:
 
 
 def _error(estimate: Estimate, measured: Estimate) -> float:
-    said = sum(estimate.by_kind().values())
-    return sum(measured.by_kind().values()) / said - 1.0 if said else 0.0
+    """Of what is measured: the rest is booked as it was estimated."""
+    said, took = (
+        sum([n for kind, n in size.by_kind().items() if kind in MEASURED_KINDS])
+        for size in (estimate, measured)
+    )
+    return took / said - 1.0 if said else 0.0
 
 
 def _queue(registry: Registry) -> Iterator[Metric]:

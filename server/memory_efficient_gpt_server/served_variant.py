@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from memory_efficient_gpt.errors import ModelLoadError
-from memory_efficient_gpt_server.errors import ModelLoadingError, shutting_down
+from memory_efficient_gpt_server.errors import ModelLoadingError, ModelNotLoadedError, shutting_down
 
 if TYPE_CHECKING:
     from memory_efficient_gpt.engine_info import EngineInfo
     from memory_efficient_gpt_server.models import ModelEngine, ModelRegistry
     from memory_efficient_gpt_server.registry.variants import VariantKey
+
+
+_ON_THE_WAY: Final = frozenset({"loading", "waking", "queued", "ready"})
+"""States in which a model takes requests again by itself; a ready one makes no steps at present."""
 
 
 def takes_requests(engine: ModelEngine) -> bool:
@@ -50,14 +54,16 @@ class ServedVariant:
             yield self.require_ready()
             return
         async with self.registry.lease(self.model_id if self.key is None else self.key) as engine:
-            # It may have been told to leave since the lease was granted: it finishes its work first.
-            leaving = engine.info if engine.state == "draining" else None
-            yield leaving or self.require_ready()
+            # It may have been told to leave since the lease was granted: it finishes its work first. Or its
+            # worker has died since: the next one takes what is submitted.
+            known = engine.info if engine.state in ("draining", "loading") else None
+            yield known or self.require_ready()
 
     def require_warm(self) -> None:
         """Raise ModelLoadingError or ModelLoadError unless it is ready; nothing is loaded."""
         if self.registry is not None and not takes_requests(self.engine) and self.engine.state != "failed":
-            raise ModelLoadingError(
+            coming = self.engine.state in _ON_THE_WAY
+            raise (ModelLoadingError if coming else ModelNotLoadedError)(
                 f"Model {self.name} is {self.engine.state}, and on_cold is fail. "
                 "Leave on_cold out to wait for it."
             )

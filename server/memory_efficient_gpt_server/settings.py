@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -46,6 +46,9 @@ def _split(value: Any) -> Any:
         return [part.strip() for part in text.split(",") if part.strip()]
     return value
 
+
+_NEED_BUDGET: Final = ("host_budget_bytes", "load_wait_s", "max_swaps", "swap_window_s")
+"""Settings that mean nothing without a memory budget."""
 
 _Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 _Models = Annotated[tuple[ModelSettings, ...], NoDecode, BeforeValidator(_split)]
@@ -265,7 +268,7 @@ def _sentences(item: Mapping[str, Any], sources: Mapping[str, str]) -> list[str]
         return list(message.split("\n"))
     if item["type"] == "extra_forbidden":
         return [f"{name} ({_source_of(item['loc'], sources)}): there is no such setting."]
-    return [f"{name} ({_source_of(item['loc'], sources)}): {message}{_got(item)}."]
+    return [f"{name} ({_source_of(item['loc'], sources)}): {message.removesuffix('.')}{_got(item)}."]
 
 
 def _source_of(loc: tuple[int | str, ...], sources: Mapping[str, str]) -> str:
@@ -306,6 +309,11 @@ def _model_problems(settings: Settings) -> list[str]:
             for model in settings.models
             if (given := [name for name in LIFECYCLE_FIELDS if name in model.model_fields_set])
         ]
+        if idle := [name for name in _NEED_BUDGET if _differs(settings, name)]:
+            problems.append(
+                f"{', '.join(idle)} needs memory_budget_bytes: without a budget all models are loaded at "
+                "start and stay. Set that, too, or leave it out."
+            )
     ids = [model.id for model in models]
     problems += _alias_problems(models)
     return problems + [
@@ -313,6 +321,11 @@ def _model_problems(settings: Settings) -> list[str]:
         for i in dict.fromkeys(ids)
         if ids.count(i) > 1
     ]
+
+
+def _differs(settings: Settings, name: str) -> bool:
+    """Whether it is not its default, which files may spell out."""
+    return bool(getattr(settings, name) != Settings.model_fields[name].default)
 
 
 def _alias_problems(models: Sequence[ModelSettings]) -> list[str]:

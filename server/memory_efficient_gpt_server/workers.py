@@ -140,11 +140,13 @@ class WorkerModel:
         return self.state is ModelState.READY and not self.stalled
 
     def submit(self, request: Request) -> EventStream:
-        """Hand a request to the worker. What is wrong with it comes as events with an error.
+        """Hand a request to the worker, or to the next one while a dead one is replaced. What is wrong with
+        it comes as events with an error.
 
         Raises OverloadedError while it can't take any, ModelLoadError if it won't, InvalidRequestError.
         """
-        if (refusal := refusal_in(self.state, self.name, self.reason)) is not None:
+        replaced = self.state is ModelState.LOADING and self._open.wait_for_next
+        if not replaced and (refusal := refusal_in(self.state, self.name, self.reason)) is not None:
             raise refusal
         if request.id in self._open:
             raise InvalidRequestError(f"Request id {request.id!r} is in use. Ids must be unique.", param="id")
@@ -157,7 +159,8 @@ class WorkerModel:
         if not self._open:
             self._lives.stall_rule.moved(time.monotonic())
         self._open.add(opened)
-        self._lives.send_frame(frame)
+        if not replaced:  # else it goes with those that are resumed
+            self._lives.send_frame(frame)
         return stream
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -236,7 +239,8 @@ class WorkerModel:
         self._kv_limit.worker_died()
         if was_ready:
             self._open.crashed(self.name, how)
-            logger.warning("%d requests of %s wait for its next worker.", len(self._open), self.name)
+            if self._open:
+                logger.warning("%d requests of %s wait for its next worker.", len(self._open), self.name)
         if self.state is ModelState.ASLEEP:
             self.gave_up(str(self._lives.last_words or f"its worker {how} in its sleep"))
         return self.state in (ModelState.LOADING, ModelState.READY) or len(self._open) > 0

@@ -67,7 +67,7 @@ class FakeMaker:
             raise ConfigError([f"device {model.device} has no memory budget."])
         self.host.sizes.setdefault(model.id, 60)
         given = {name: getattr(model, name) for name in ("pinned", "ttl_s", "min_residency_s", "priority")}
-        self.host.entries[model.id] = {"source": model.model, **given}
+        self.host.entries[model.id] = {"source": model.model, "aliases": model.aliases, **given}
 
         def served(registry: Registry) -> ServedModel:
             return served_model(model.id, registry, self.tokenizer)

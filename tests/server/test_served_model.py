@@ -10,6 +10,7 @@ import pytest
 
 from memory_efficient_gpt.errors import CheckpointError
 from memory_efficient_gpt.tokenizer import Tokenizer
+from memory_efficient_gpt_server.errors import LoadFailedError
 from memory_efficient_gpt_server.models import ServedModel
 from tests.server.registry.fake_engines import FakeHost
 
@@ -43,7 +44,7 @@ async def test_after_a_failure_the_next_one_tries_again(tokenizer: Tokenizer) ->
         return answer
 
     served = model(load)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(LoadFailedError, match="damaged"):
         await served.prepare()
     await served.prepare()
     assert served.tokenizer is tokenizer

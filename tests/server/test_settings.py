@@ -258,3 +258,12 @@ def test_a_folder_of_models_is_loaded_on_demand_under_a_budget(tmp_path: Path) -
     assert model.load == "on_demand"
     (same,) = load_settings({"models_dir": tmp_path}, {}).settings.served_models()
     assert same.load == "start"
+
+
+def test_settings_that_need_a_budget_are_refused_without_one_unless_they_are_the_defaults() -> None:
+    with pytest.raises(ConfigError, match="max_swaps, swap_window_s needs memory_budget_bytes"):
+        load_settings({"models": ["demo"], "max_swaps": 3, "swap_window_s": 9}, {})
+    defaults = load_settings({"models": ["demo"], "max_swaps": 20, "load_wait_s": 300.0}, {})
+    assert defaults.settings.load_wait_s == 300.0
+    budgeted = load_settings({"models": ["demo"], "max_swaps": 3, "memory_budget_bytes": 10**9}, {})
+    assert budgeted.settings.max_swaps == 3

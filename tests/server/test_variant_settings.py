@@ -11,17 +11,21 @@ from memory_efficient_gpt_server.model_settings import ModelSettings
 from memory_efficient_gpt_server.settings import load_settings
 
 
-def model_with(variants: Any) -> ModelSettings:
-    models = [{"model": "demo", "variants": variants}]
+def model_with(variants: Any, **fields: Any) -> ModelSettings:
+    models = [{"model": "demo", "variants": variants, **fields}]
     (model,) = load_settings({"models": models, "memory_budget_bytes": 10**9}, {}).settings.served_models()
     return model
 
 
 def test_variants_are_schemes_mappings_or_any() -> None:
-    listed = model_with(["INT4", "none", {"quantization": "int8", "kv_cache_dtype": "int8"}]).variants
+    listed = model_with(
+        ["INT4", "none", {"quantization": "int8", "kv_cache_dtype": "int8"}], quantization="int8"
+    ).variants
     assert [(v.quantization, v.kv_cache_dtype) for v in listed if not isinstance(v, str)] == [
         ("int4", "auto"), ("bf16", "auto"), ("int8", "int8"),
     ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"variants lists bf16, but without quantization .*out\.$"):
+        model_with(["bf16"])
     assert model_with("any").variants == "any" and model_with([]).variants == ()
     assert ModelSettings(model="demo").variants == (), "clients choose nothing unless the operator says so"
 

@@ -48,6 +48,7 @@ def test_on_cold_fail_is_about_the_variant(stage: Start) -> None:
         assert s.ask("A").status_code == 200
         refused = s.ask("A", on_cold="fail", **AS_INT4)
         assert_error(refused, 503, code="model_loading")
+        assert refused.headers["x-should-retry"] == "false", "nothing loads it"
         assert "A[quantization=int4] is unloaded" in refused.text and str(INT4) not in s.host.engines
 
 
@@ -55,7 +56,7 @@ def test_a_load_of_a_variant_is_waited_for_and_timed(stage: Start) -> None:
     made = host()
     made.held = {str(INT4)}
     made.fails = {str(KV8): "no kernel for it"}
-    with stage(made, load_wait_s=5) as s:
+    with stage(made) as s:
         begun = s.client.post("/admin/models/A/load", json=AS_INT4)
         assert (begun.status_code, begun.json()["variant"], begun.json()["state"]) == (
             202,

@@ -22,6 +22,7 @@ from memory_efficient_gpt.memory.checkpoints import (
     stored_plan,
     title_of,
 )
+from memory_efficient_gpt.memory.shape_check import check_shapes
 from memory_efficient_gpt.memory.weights import (
     Architecture,
     Layout,
@@ -74,6 +75,7 @@ def weight_figures(
     """
     layout = _layout(config, device)
     if source.settings is None:
+        check_shapes(architecture, source.files or ())
         return _from_float(architecture, config, device, layout, packed)
     return _from_quantized(architecture, source.settings, source.files, config, layout, packed)
 

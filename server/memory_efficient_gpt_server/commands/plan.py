@@ -22,7 +22,7 @@ _EXAMPLES = """\
   megpt plan demo                                       what one model takes here
   megpt plan demo demo-mha ./my-model                   all at once, each in a worker of its own
   megpt plan ./my-model --quantization int4             with weights of 4 bits
-  megpt plan ./my-model --memory-budget 8GiB            on a machine with that much free
+  megpt plan ./my-model --memory-budget 8GiB            under a server's memory_budget_bytes: 8589934592
   megpt plan ./my-model --max-model-len 8192 --kv-cache-dtype int8
   megpt plan ./my-model --json | jq .fits
 
@@ -36,7 +36,8 @@ A model takes three kinds of memory:
 
 Models are counted in the order given, each with what the ones before it leave. A plan fits if all of them do,
 each with its whole context. If they do not, changes are tried and those that would do are listed, with the
-options to give. Nothing is loaded: it takes about a second a model. Exit code: 0 it fits, 1 it does not.
+options to give. Nothing is loaded: it takes some seconds to start and about a second a model, more on a busy
+machine. Exit code: 0 it fits, 1 it does not.
 """
 
 
@@ -51,7 +52,8 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--memory-budget", type=byte_size, metavar="SIZE",
-        help="what they must fit into, for example 8GiB (default: what is free on the device now)",
+        help="what they must fit into, for example 8GiB, as a server's memory_budget_bytes: the server "
+        "itself does not count (default: what is free on the device now, for models and server)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_engine_options(parser)

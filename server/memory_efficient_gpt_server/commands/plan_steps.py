@@ -39,7 +39,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Models in a budget. server_bytes: what the server takes beside its workers."""
+    """Models in a budget. server_bytes: what the server takes beside its workers, where that counts."""
 
     entries: tuple[Entry, ...]
     budget_bytes: int
@@ -95,30 +95,33 @@ class Plan:
 
 
 def make_plan(configs: Sequence[EngineConfig], budget_bytes: int | None) -> Plan:
-    """Estimate all models together. budget_bytes: None is what is free on the device now.
+    """Estimate all models together. budget_bytes: for the models alone, as a server's memory_budget_bytes;
+    None is what is free on the device now, for the server as well.
 
     Raises what `estimate` raises.
     """
     from memory_efficient_gpt.hardware import free_memory_bytes, resolve_device
+    from memory_efficient_gpt.memory import SERVER_BYTES
 
-    budget = free_memory_bytes(resolve_device(configs[0].device)) if budget_bytes is None else budget_bytes
-    layout = lay_out(configs, budget)
+    device = resolve_device(configs[0].device)
+    if budget_bytes is not None:
+        layout = lay_out(configs, budget_bytes, 0)
+    else:
+        layout = lay_out(configs, free_memory_bytes(device), SERVER_BYTES if device.type == "cpu" else 0)
     return Plan(layout, () if layout.fits else tuple(_changes(layout)))
 
 
-def lay_out(configs: Sequence[EngineConfig], budget_bytes: int) -> Layout:
+def lay_out(configs: Sequence[EngineConfig], budget_bytes: int, server_bytes: int) -> Layout:
     """The models one after the other, each with what the ones before it leave of the budget."""
-    from memory_efficient_gpt.hardware import resolve_device
-    from memory_efficient_gpt.memory import SERVER_BYTES, estimate
+    from memory_efficient_gpt.memory import estimate
 
-    server = SERVER_BYTES if resolve_device(configs[0].device).type == "cpu" else 0
-    free = budget_bytes - server
+    free = budget_bytes - server_bytes
     entries: list[Entry] = []
     for config in configs:
         entry = Entry(config, estimate(config, free_bytes=max(0, free)))
         free -= entry.estimate.total_bytes
         entries.append(entry)
-    return Layout(tuple(entries), budget_bytes, server)
+    return Layout(tuple(entries), budget_bytes, server_bytes)
 
 
 def _changes(layout: Layout) -> Iterator[Change]:
@@ -167,7 +170,7 @@ def _fewer_models(layout: Layout) -> Iterator[Change]:
     entries = layout.entries
     for number, left_out in enumerate(entries):
         rest = [entry.config for entry in (*entries[:number], *entries[number + 1 :])]
-        if rest and (smaller := lay_out(rest, layout.budget_bytes)).fits:
+        if rest and (smaller := lay_out(rest, layout.budget_bytes, layout.server_bytes)).fits:
             yield Change(f"without {left_out.config.model}", (), smaller.needed_bytes)
 
 
@@ -177,7 +180,7 @@ def _try(layout: Layout, text: str, **options: Any) -> list[Change]:
     if configs == [entry.config for entry in layout.entries]:
         return []
     try:
-        changed = lay_out(configs, layout.budget_bytes)
+        changed = lay_out(configs, layout.budget_bytes, layout.server_bytes)
     except (ConfigError, UnsupportedModelError):  # not for these models
         return []
     if not changed.has_room:

@@ -72,8 +72,9 @@ def print_frame(client: AdminClient, console: Console, interval_s: float) -> Non
 
     before = read(client)
     time.sleep(interval_s)
-    width = None if console.is_terminal else 10_000
-    console.print(frame(client.url, before, read(client)), width=width, crop=False)
+    if not console.is_terminal:
+        console.width = 10_000
+    console.print(frame(client.url, before, read(client)), crop=False)
 
 
 def watch(

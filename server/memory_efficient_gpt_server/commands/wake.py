@@ -8,6 +8,7 @@ Invariant: exit code 0 means ready, or with --no-wait that it is on its way.
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 from memory_efficient_gpt_server.commands.options import (
@@ -46,17 +47,18 @@ def run(args: argparse.Namespace) -> int:
     """Wake it, and say how it went."""
     from memory_efficient_gpt_server.commands.admin_client import admin_client
 
+    began_s = time.monotonic()
     with admin_client(args) as client:
         done, model = client.operate(args.model, "wake", {"wait": args.wait, **variant_options(args)})
-    print(_said(done, model))
+    print(_said(done, model, time.monotonic() - began_s))
     return 0
 
 
-def _said(done: bool, model: dict[str, Any]) -> str:
+def _said(done: bool, model: dict[str, Any], waited_s: float) -> str:
     from memory_efficient_gpt_server.commands.tables import one_line
 
     name, state = one_line(model["variant"]), one_line(model["state"])
     if not done:
         return f"{name}: {state}; `megpt ps` shows how far it is"
-    wake_s = model["last_wake_s"]
-    return f"{name}: {state}" + ("" if wake_s is None else f", woken in {wake_s:.2f} s")
+    wake_s, was_ready = model["last_wake_s"], model["state_age_s"] > waited_s
+    return f"{name}: {state}" + ("" if wake_s is None or was_ready else f", woken in {wake_s:.2f} s")

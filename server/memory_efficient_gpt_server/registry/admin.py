@@ -31,12 +31,15 @@ _CANNOT_SLEEP: Final = "it has nothing to give back: its weights are in host mem
 
 
 def load(draft: Draft, event: AdminLoad) -> None:
-    """Queue a load for nobody's request; earlier failures are forgiven."""
+    """Queue a load for nobody's request, whatever failed before; if it fails, that counts with the others."""
     if event.key.model_id not in draft.entries:
         draft.refuse(event.operation, RefusalKind.MODEL_NOT_FOUND)
         return
     record = draft.record(event.key, event.estimate)
-    record = draft.put(record, strikes_s=(), failure=None)
+    if event.problem is not None:
+        refuse_unusable(draft, record, event.operation, event.problem)
+        return
+    record = draft.put(record, failure=None)
     wait_s = draft.policy.max_wait_s
     wait_for_load(draft, record, event.operation, wait_s, wants_lease=False, may_evict=event.may_evict)
 
@@ -52,7 +55,7 @@ def wait_for_load(
 ) -> None:
     """Put someone into the queue; what can never fit is refused from there, in the same step, and so is what
     would need an eviction that nobody in the group wants."""
-    if record.state is State.READY:
+    if record.serves:
         draft.finish((waiter,))
         return
     if len(draft.queue) >= draft.policy.max_waiters:
@@ -62,6 +65,17 @@ def wait_for_load(
     draft.queue = draft.queue.join(record.key, queued)
     if record.state in (State.UNLOADED, State.FAILED):
         draft.enter(record, State.QUEUED)
+
+
+def refuse_unusable(draft: Draft, record: VariantRecord, waiter: int, problem: str) -> None:
+    """What somebody wants can't be loaded, which is a failure like that of a load."""
+    if record.state in (State.UNLOADED, State.FAILED):
+        draft.unusable(record, problem)
+        retry_at_s = draft.records[record.key].life.retry_at_s
+        retry_s = None if retry_at_s is None else retry_at_s - draft.now_s
+        draft.refuse(waiter, RefusalKind.LOAD_FAILED, retry_s, detail=problem)
+    else:  # its files were damaged only now; what is loaded stays
+        draft.refuse(waiter, RefusalKind.LOAD_FAILED, detail=problem)
 
 
 def unload(draft: Draft, event: AdminUnload) -> None:
@@ -82,7 +96,7 @@ def _unload(draft: Draft, record: VariantRecord, event: AdminUnload) -> None:
     record = draft.records[record.key]
     if record.state not in HAS_PROCESS:
         if record.state is State.FAILED:
-            draft.enter(record, State.UNLOADED, strikes_s=())
+            draft.enter(record, State.UNLOADED, strikes_s=(), crashes_s=())
         draft.finish((event.operation,))
         return
     record = draft.put(record, operations=(*record.operations, event.operation))
@@ -118,6 +132,8 @@ def sleep(draft: Draft, operation: int, key: VariantKey) -> None:
         draft.refuse(operation, RefusalKind.MODEL_BUSY, detail="try again when it is idle")
     elif draft.entries[key.model_id].pins(key):
         draft.refuse(operation, RefusalKind.MODEL_PINNED)
+    elif record.recovering:
+        draft.refuse(operation, RefusalKind.WRONG_STATE, detail="its worker has died and is being replaced")
     elif not record.needs.can_sleep:
         draft.refuse(operation, RefusalKind.WRONG_STATE, detail=_CANNOT_SLEEP)
     elif record.needs.parked_bytes > _host_room_bytes(draft):

@@ -75,7 +75,7 @@ async def add_model(registry: Registry, model: HostedModel) -> None:
     async with registry.changing:
         for name in (model.id, *model.entry.aliases):
             if find_entry(registry.state.entries, name) is not None or name in registry.models:
-                raise model_exists(name)
+                raise model_exists(registry, name)
         await registry.adopt(model)
 
 
@@ -95,15 +95,22 @@ def _in_the_way(registry: Registry, model_id: str) -> ModelBusyError:
     states = {key: registry.engine(key).state for key in registry.variants(model_id)}
     loaded = [f"{key} is {state}" for key, state in states.items() if state not in ("unloaded", "failed")]
     others = any(not key.as_configured for key in states)
+    pinned = registry.entry(model_id).pinned
+    first = f"Unpin it (PATCH /admin/models/{model_id}), then unload it" if pinned else "Unload it first"
     return ModelBusyError(
-        f"Model {model_id} can't be removed yet: {', '.join(loaded) or 'its memory is not free yet'}. Unload "
-        f"it first: POST /admin/models/{model_id}/unload"
+        f"Model {model_id} can't be removed yet: {', '.join(loaded) or 'its memory is not free yet'}. "
+        f"{first}: POST /admin/models/{model_id}/unload"
         + (", for a variant with its `optimizations`." if others else ".")
     )
 
 
-def model_exists(model_id: str) -> ModelExistsError:
-    """The refusal of a second model of that id."""
+def model_exists(registry: Registry, name: str) -> ModelExistsError:
+    """The refusal of a second model of that name, which is a registered model's id or alias."""
+    model_id = registry.hosted(name).id
+    if model_id != name:
+        return ModelExistsError(
+            f"{name!r} is an alias of the model {model_id!r} already. Give another name.", param="id"
+        )
     return ModelExistsError(
         f"There is a model {model_id!r} already. Give another id, or remove it: "
         f"DELETE /admin/models/{model_id}.",

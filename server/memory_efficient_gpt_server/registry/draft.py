@@ -123,13 +123,15 @@ class Draft:
 
     def grant(self, record: VariantRecord, waiters: tuple[int, ...]) -> VariantRecord:
         """Take leases, then tell the waiters: nothing can come between, so none finds its model gone."""
-        assert record.state is State.READY, f"a lease on {record.key}, which is {record.state}"
+        assert record.serves, f"a lease on {record.key}, which is {record.state}"
         self.effects.extend([GrantLease(waiter, record.key) for waiter in waiters])
         leases = record.leases.union(waiters)
         return self.put(record, leases=leases, last_used_s=self.now_s, kv_floor_bytes=0)
 
     def serve_group(self, record: VariantRecord) -> VariantRecord:
-        """The variant is ready: everyone who waits for it gets an answer."""
+        """The variant is ready: everyone who waits for it gets an answer, once its worker is there again."""
+        if record.recovering:
+            return record
         group = self.queue.of(record.key)
         self.queue = self.queue.without(record.key)
         self.finish(tuple([w.id for w in group if not w.wants_lease]))
@@ -162,17 +164,31 @@ class Draft:
         self.effects.append(StartWake(record.key, awake.kv_bytes))
 
     def become_ready(self, record: VariantRecord) -> VariantRecord:
-        """A load or a wake-up has succeeded; those who wait are served."""
-        record = self.enter(record, State.READY, resident_since_s=self.now_s, last_used_s=self.now_s)
+        """A load or a wake-up has succeeded; those who wait are served. A load makes good for failed ones."""
+        strikes_s = () if record.state is State.LOADING else record.strikes_s
+        record = self.enter(
+            record,
+            State.READY,
+            resident_since_s=self.now_s,
+            last_used_s=self.now_s,
+            strikes_s=strikes_s,
+            yields_to=None,
+        )
         return self.serve_group(record)
 
-    def sleep(self, record: VariantRecord, reason: UnloadReason, sleepers: tuple[int, ...] = ()) -> None:
+    def sleep(
+        self,
+        record: VariantRecord,
+        reason: UnloadReason,
+        sleepers: tuple[int, ...] = (),
+        yields_to: VariantKey | None = None,
+    ) -> None:
         """Begin to put an unleased variant to sleep. Raises LedgerError if the host has no room.
 
         It wakes with the KV memory that it has now, but at most what it was loaded with or keeps when others
         want some: what it had grown by is free from now on, and must not be in the way of its waking.
         """
-        assert not record.leases, f"{record.key} is put to sleep in use"
+        assert not record.leases and not record.recovering, f"{record.key} is put to sleep in use"
         record = self.put(record, kv_floor_bytes=0)  # nothing is in use any more
         most_bytes = max(within_limits(self, record, record.needs.kv_bytes), kept_bytes(self, record))
         on_waking_bytes = min(most_bytes, kv_limit_bytes(self, record.key))
@@ -184,13 +200,20 @@ class Draft:
             reason,
             sleepers=sleepers,
             drain_for=None,
+            yields_to=yields_to,
             drain_deadline_s=None,
             giving=None,
             kv_on_waking_bytes=on_waking_bytes,
         )
         self.effects.append(StartSleep(record.key, reason))
 
-    def unload(self, record: VariantRecord, reason: UnloadReason, detail: str | None = None) -> None:
+    def unload(
+        self,
+        record: VariantRecord,
+        reason: UnloadReason,
+        detail: str | None = None,
+        yields_to: VariantKey | None = None,
+    ) -> None:
         """Begin to end an unleased variant's process; its bytes stay booked until it is gone."""
         assert not record.leases, f"{record.key} is unloaded in use"
         self.ledger = self.ledger.begin_freeing(record.key)
@@ -201,7 +224,9 @@ class Draft:
             State.UNLOADING,
             detail or reason,
             sleepers=(),
+            recovering=False,
             drain_for=None,
+            yields_to=yields_to or record.yields_to,
             drain_deadline_s=None,
             giving=None,
         )
@@ -213,16 +238,27 @@ class Draft:
         self.put(record, giving=KvGift(target, size))
         self.effects.append(MoveKv(record.key, target, size))
 
-    def strike(self, record: VariantRecord, reason: str, *, fatal: bool) -> VariantRecord:
-        """Count a failure. If it is fatal or one too many, who waits is refused and a pause begins."""
+    def strike(
+        self, record: VariantRecord, reason: str, *, fatal: bool, served: bool = False
+    ) -> VariantRecord:
+        """Count a failure: of a load, or (served) of a worker that was loaded. If it is fatal or one too
+        many, who waits is refused and a pause begins."""
         rule = self.policy.failures
-        strikes_s = rule.struck(record.strikes_s, self.now_s)
-        record = self.put(record, strikes_s=strikes_s)
-        if not (fatal or rule.out(strikes_s, self.now_s)):
+        if served:
+            record = self.put(record, crashes_s=rule.struck(record.crashes_s, self.now_s))
+        else:
+            record = self.put(record, strikes_s=rule.struck(record.strikes_s, self.now_s))
+        if not (fatal or rule.out(record.failures_s, self.now_s)):
             return record
-        failure = Failure(reason, rule.retry_at_s(strikes_s, self.now_s))
+        failure = Failure(reason, rule.retry_at_s(record.failures_s, self.now_s))
         self.refuse_group(record.key, RefusalKind.LOAD_FAILED, failure.retry_at_s - self.now_s, detail=reason)
         return self.put(record, failure=failure)
+
+    def unusable(self, record: VariantRecord, reason: str) -> None:
+        """Its files can't be loaded: a load that has failed before it began."""
+        record = self.put(record, strikes_s=self.policy.failures.struck(record.strikes_s, self.now_s))
+        retry_at_s = self.policy.failures.retry_at_s(record.failures_s, self.now_s)
+        self.put(record, life=fail(record.life, self.now_s, reason, retry_at_s))
 
     def gone(self, record: VariantRecord, *, lost: bool) -> None:
         """A process that was told to end has ended; one that is lost has not, and its bytes stay booked."""

@@ -32,12 +32,14 @@ class UnloadMode(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A request needs a lease. `estimate`: what the variant would take; `wait_s`: how long it would wait
-    (None: as long as anyone may; 0: only if it is loaded)."""
+    (None: as long as anyone may; 0: only if it is loaded). `problem`: why its files can't be loaded, found
+    out before anything is read of them; the estimate means nothing then."""
 
     waiter: int
     key: VariantKey
     estimate: Estimate
     wait_s: float | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +78,23 @@ class LoadFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """The worker of a loaded variant has died, and another one is started for it; those aboard wait for that.
+    Followed by WorkerBack or WorkerDied unless it is unloaded first."""
+
+    key: VariantKey
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerBack:
+    """The next worker is ready."""
+
+    key: VariantKey
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerDied:
-    """A process ended that nobody told to."""
+    """A process ended that nobody told to, and no other one follows."""
 
     key: VariantKey
     reason: str
@@ -137,13 +154,14 @@ class KvMoved:
 
 @dataclass(frozen=True, slots=True)
 class AdminLoad:
-    """Load it, for no request. Earlier failures don't count. may_evict: whether others may leave or sleep for
-    it; if not, it is refused once that would be needed."""
+    """Load it, for no request, whatever failed before. may_evict: whether others may leave or sleep for it;
+    if not, it is refused once that would be needed. `problem`: as of Asked."""
 
     operation: int
     key: VariantKey
     estimate: Estimate
     may_evict: bool = True
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +237,8 @@ Event: TypeAlias = (
     | LeaseReleased
     | Loaded
     | LoadFailed
+    | WorkerLost
+    | WorkerBack
     | WorkerDied
     | ProcessGone
     | LeaksCleared

@@ -24,6 +24,8 @@ from memory_efficient_gpt_server.registry.effects import (
     UnloadReason,
 )
 from memory_efficient_gpt_server.registry.events import (
+    AdminLoad,
+    Asked,
     BudgetPatched,
     Event,
     KvMoved,
@@ -90,6 +92,13 @@ def happenings(
     ]
 
 
+def struck_before_load(before: RegistryState, event: Asked | AdminLoad, after: RegistryState) -> bool:
+    """Whether this was a load that failed before a process was started for it: its files are unusable."""
+    old, new = before.records.get(event.key), after.records.get(event.key)
+    failed = event.problem is not None and new is not None and new.state is State.FAILED
+    return failed and (old is None or new is None or old.life is not new.life)
+
+
 def reason_text(reason: str | None) -> str | None:
     """A reason, cut to a length that a buffer of many can bear."""
     return None if reason is None else clipped(reason, MOST_CHARACTERS)
@@ -111,7 +120,12 @@ def _states(before: RegistryState, after: RegistryState) -> Iterator[Happening]:
 
 
 def _load(before: RegistryState, event: Event, after: RegistryState, now_s: float) -> Iterator[Happening]:
-    """The end of a load that nobody has called off."""
+    """The end of a load that nobody has called off; that of one that could not begin too."""
+    if isinstance(event, Asked | AdminLoad) and struck_before_load(before, event, after):
+        reason = reason_text(event.problem)
+        yield Happening(
+            HappeningKind.LOAD, _of(event.key) | {"result": "failure", "seconds": 0.0, "reason": reason}
+        )
     if not isinstance(event, Loaded | LoadFailed | WorkerDied):
         return
     old = before.records.get(event.key)

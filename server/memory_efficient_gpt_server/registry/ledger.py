@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, TypeAlias
 
-from memory_efficient_gpt_server.registry.variants import Amount, Kind, VariantKey
+from memory_efficient_gpt_server.registry.variants import MEASURED_KINDS, Amount, Kind, VariantKey
 
 Owner: TypeAlias = VariantKey | str
 """A variant, or the name of something else that holds memory."""
@@ -133,9 +133,12 @@ class Ledger:
         return ledger
 
     def reconcile(self, owner: Owner, amounts: Iterable[Amount]) -> Ledger:
-        """Replace what the owner had by what was measured, even if the device is overcommitted by it."""
+        """Replace what the owner had by what was measured, even if the device is overcommitted by it.
+
+        Kinds that nobody measures stay as sure as they were: reserved.
+        """
         kept = [e for e in self.of(owner) if e.stage is Stage.LEAKED]
-        kept += [LedgerEntry(owner, a.device, a.kind, Stage.MEASURED, a.bytes) for a in amounts if a.bytes]
+        kept += [LedgerEntry(owner, a.device, a.kind, _stage_of(a.kind), a.bytes) for a in amounts if a.bytes]
         return self._with(owner, tuple(kept))
 
     def measure(self, owner: Owner, kind: Kind, device: str, size: int) -> Ledger:
@@ -237,3 +240,7 @@ class Ledger:
         if entries:
             table[owner] = entries
         return Ledger(self.budgets, table, used, freeing)
+
+
+def _stage_of(kind: Kind) -> Stage:
+    return Stage.MEASURED if kind in MEASURED_KINDS else Stage.RESERVED

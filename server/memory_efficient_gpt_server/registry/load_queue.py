@@ -5,7 +5,8 @@ Does not know: bytes, states, what a load costs.
 Invariant: a waiter is in one group at most, and is answered or gone by its deadline.
 
 All that wait for one variant form a group and are served by one load, so that the asks A B A B cost two
-loads. Groups are served by priority, then by who came first; a group whose first waiter's patience is over
+loads. Groups are served by priority, then by who came first (but see `in_order` for those that have just left
+for another); a group whose first waiter's patience is over
 comes before all others, whatever their priority.
 """
 
@@ -77,15 +78,29 @@ class LoadQueue:
         return self.groups[key][0].asked_s + patience_s <= now_s
 
     def in_order(
-        self, now_s: float, patience_s: float, priority: Callable[[VariantKey], int]
+        self,
+        now_s: float,
+        patience_s: float,
+        priority: Callable[[VariantKey], int],
+        yields_to: Callable[[VariantKey], VariantKey | None] = lambda _: None,
     ) -> list[VariantKey]:
-        """Variants in the order in which they should be loaded."""
+        """Variants in the order in which they should be loaded.
+
+        yields_to: for whom a variant has left, if that one still waits to be loaded. It comes before the one
+        that made room for it, however great that one's priority: else the swap was for nothing.
+        """
         if len(self.groups) < 2:
             return list(self.groups)
 
-        def rank(key: VariantKey) -> tuple[bool, int, float]:
+        def rank(key: VariantKey) -> tuple[bool, int, float, bool]:
             impatient = self.impatient(key, now_s, patience_s)
-            return not impatient, 0 if impatient else -priority(key), self.groups[key][0].asked_s
+            importance, asked_s = priority(key), self.groups[key][0].asked_s
+            first = yields_to(key)
+            yields = first is not None and first in self.groups
+            if first is not None and yields:
+                importance = min(importance, priority(first))
+                asked_s = max(asked_s, self.groups[first][0].asked_s)
+            return not impatient, 0 if impatient else -importance, asked_s, yields
 
         return sorted(self.groups, key=rank)
 

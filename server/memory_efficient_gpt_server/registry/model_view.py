@@ -15,7 +15,7 @@ from memory_efficient_gpt_server.registry.kv_room import kv_bytes
 from memory_efficient_gpt_server.registry.ledger import Ledger
 from memory_efficient_gpt_server.registry.owner import Registry
 from memory_efficient_gpt_server.registry.records import VariantRecord
-from memory_efficient_gpt_server.registry.states import State
+from memory_efficient_gpt_server.registry.states import HAS_PROCESS, State
 from memory_efficient_gpt_server.registry.variants import Estimate, VariantKey
 
 
@@ -53,10 +53,10 @@ def variant_view(registry: Registry, key: VariantKey) -> dict[str, Any]:
         "reason": engine.reason,
         "state_age_s": None if life is None else registry.age_s(life.since_s),
         "retry_in_s": None if life is None or life.retry_at_s is None else -registry.age_s(life.retry_at_s),
-        "idle_s": None if record is None or record.leases else registry.age_s(record.last_used_s),
+        "idle_s": None if record is None else _idle_s(registry, record),
         "leases": 0 if record is None else len(record.leases),
         "waiting": len(registry.state.queue.of(key)),
-        "estimated_bytes": None if record is None else _sizes(record.estimate),
+        "estimated_bytes": None if record is None else _sizes(record.estimate) or None,
         "measured_bytes": None if record is None else _measured_sizes(registry.state.ledger, record),
         "kv_bytes": kv_bytes(registry.state.ledger, key),
         "kv_least_bytes": None if record is None else record.needs.kv_least_bytes,
@@ -69,11 +69,16 @@ def variant_view(registry: Registry, key: VariantKey) -> dict[str, Any]:
     }
 
 
+def _idle_s(registry: Registry, record: VariantRecord) -> float | None:
+    """None while it is used, and before it was loaded for the first time."""
+    never = record.timings.load_s is None
+    return None if record.leases or never else registry.age_s(record.last_used_s)
+
+
 def _measured_sizes(ledger: Ledger, record: VariantRecord) -> dict[str, int] | None:
-    """What it took when it was last loaded; while it is loaded, with the KV memory that it has now. Asleep:
-    what it has kept."""
+    """While it is loaded: what it took then, with the KV memory that it has now. Asleep: what it has kept."""
     measured = record.measured
-    if measured is None:
+    if measured is None or record.state not in HAS_PROCESS or record.state is State.LOADING:
         return None
     if record.state is State.ASLEEP:
         return {str(e.kind): e.bytes for e in ledger.of(record.key)}

@@ -37,7 +37,7 @@ from memory_efficient_gpt_server.registry.events import (
     UnloadMode,
 )
 from memory_efficient_gpt_server.registry.first_loads import FirstLoads
-from memory_efficient_gpt_server.registry.happenings import happenings
+from memory_efficient_gpt_server.registry.happenings import happenings, struck_before_load
 from memory_efficient_gpt_server.registry.hosted import HostedModel, LoadableEngine
 from memory_efficient_gpt_server.registry.inbox import Inbox, asker
 from memory_efficient_gpt_server.registry.joint_planning import JointPlan, plan_together
@@ -144,12 +144,13 @@ class Registry:
 
     async def grant(self, lease: Lease) -> ModelEngine:
         """Wait until the lease is granted. Raises MegptError; cancelled, nothing is asked for any more."""
-        estimate = (await self.provisions.of(lease.key)).estimate
+        estimate, problem = await self._looked_at(lease.key)
         lease.id = self._answers.new_id()
         answer = self._answers.expect(lease.id, str(lease.key))
         self._leases[lease.id] = lease
-        asked_s, cold = self._clock(), self._life(lease.key).state is not State.READY
-        self._post(Asked(lease.id, lease.key, estimate, lease.wait_s))
+        self._processes.look_at(lease.key)  # a worker that has died since the last look takes no requests
+        asked_s, cold = self._clock(), self.engine(lease.key).state != "ready"
+        self._post(Asked(lease.id, lease.key, estimate, lease.wait_s, problem))
         try:
             await answer
         except BaseException as error:
@@ -234,11 +235,13 @@ class Registry:
         """Load a model for nobody's request. The operation may have ended already.
 
         may_evict: whether others may leave or sleep for it. If the same is being done already, that is the
-        answer. Raises ModelNotFoundError, LoadFailedError.
+        answer. Raises ModelNotFoundError.
         """
         key = self._key(name)
-        estimate = (await self.provisions.of(key)).estimate
-        return await self._wishes.begin(lambda operation: AdminLoad(operation, key, estimate, may_evict))
+        estimate, problem = await self.provisions.estimate(key)
+        return await self._wishes.begin(
+            lambda operation: AdminLoad(operation, key, estimate, may_evict, problem)
+        )
 
     async def unload(
         self, name: Named, mode: UnloadMode = UnloadMode.DRAIN, deadline_s: float | None = None
@@ -325,6 +328,8 @@ class Registry:
             return False
         if isinstance(event, Loaded) and self.state.records[event.key].state is State.READY:
             self._first_loads.loaded(event.key)
+        if isinstance(event, Asked | AdminLoad) and struck_before_load(before, event, self.state):
+            self.tally.failed(event.key.model_id)
         if isinstance(event, Removed) and event.model_id not in self.state.entries:
             self._forget(event.model_id)
         self._tell(before, event, effects, now_s)
@@ -349,6 +354,13 @@ class Registry:
         provision = self.provisions.known(key)
         assert provision is not None, "nobody can ask for what was not provided for"
         return provision.make_engine()
+
+    async def _looked_at(self, key: VariantKey) -> tuple[Estimate, str | None]:
+        """As Provisions.estimate; the files of what has failed are not looked at before its pause is over."""
+        record = self.state.records.get(key)
+        if record is not None and (record.life.retry_at_s or 0.0) > self._clock():
+            return record.estimate, None
+        return await self.provisions.estimate(key)
 
     def _key(self, name: Named) -> VariantKey:
         """Raises ModelNotFoundError."""

@@ -27,7 +27,9 @@ from memory_efficient_gpt_server.registry.events import (
     ProcessGone,
     Slept,
     Woke,
+    WorkerBack,
     WorkerDied,
+    WorkerLost,
 )
 from memory_efficient_gpt_server.registry.hosted import LoadableEngine
 from memory_efficient_gpt_server.registry.kv_demand import wanted_kv_bytes
@@ -43,13 +45,15 @@ class Running:
     """An engine that was started.
 
     reserved: what it may take. task: its load, sleep or wake-up under way. ready: whether it was once, and
-    its end would be news. num_preemptions: its count when it was last looked at.
+    its end would be news. lost: whether its worker was seen to be replaced. num_preemptions: its count
+    when it was last looked at.
     """
 
     engine: LoadableEngine
     reserved: Estimate
     task: asyncio.Task[None] | None = None
     ready: bool = False
+    lost: bool = False
     num_preemptions: int = 0
 
 
@@ -123,14 +127,29 @@ class Processes:
             self._kv_moves.shrink(key, engine, limit_bytes, had_bytes)
 
     def watch(self) -> None:
-        """Look for engines that were ready and have given up, and for those that want KV memory."""
+        """Look for engines that were ready and have given up or replace their worker, and for those that want
+        KV memory."""
         for key, running in self._running.items():
-            if not running.ready:
-                continue
-            if running.engine.state == "failed":
-                self._died(key, running, running.engine.reason or "it ended without a word")
-            elif (wanted := _wanted_kv_bytes(running)) > 0:
+            self.look_at(key)
+            if running.ready and (wanted := _wanted_kv_bytes(running)) > 0:
                 self._post(KvWanted(key, wanted))
+
+    def look_at(self, key: VariantKey) -> None:
+        """Tell at once what has become of an engine that was ready, if it is news."""
+        running = self._running.get(key)
+        if running is None or not running.ready:
+            return
+        match str(running.engine.state), running.lost:
+            case "failed", _:
+                self._died(key, running, running.engine.reason or "it ended without a word")
+            case "loading", False:
+                running.lost = True
+                self._post(WorkerLost(key))
+            case "ready", True:
+                running.lost = False
+                self._post(WorkerBack(key))
+            case _:
+                pass
 
     async def close(self, drain_s: float) -> None:
         """End all engines; all get the same `drain_s` seconds."""

@@ -10,11 +10,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from typing import Final
 
 from memory_efficient_gpt.errors import MegptError, ModelNotFoundError
 from memory_efficient_gpt_server.errors import LoadFailedError
 from memory_efficient_gpt_server.registry.hosted import HostedModel, Provision
-from memory_efficient_gpt_server.registry.variants import NO_LIMITS, KvLimits, VariantKey
+from memory_efficient_gpt_server.registry.variants import (
+    HOST,
+    NO_LIMITS,
+    Estimate,
+    KvLimits,
+    VariantKey,
+)
+
+UNKNOWN: Final = Estimate(device=HOST, weights_bytes=0)
+"""What stands for the estimate of a checkpoint that can't be looked at."""
 
 
 class Provisions:
@@ -41,6 +51,14 @@ class Provisions:
     def known(self, key: VariantKey) -> Provision | None:
         """What was found out so far."""
         return self._known.get(key)
+
+    async def estimate(self, key: VariantKey) -> tuple[Estimate, str | None]:
+        """What the variant takes; of an unusable checkpoint nothing, and why. Raises ModelNotFoundError."""
+        try:
+            return (await self.of(key)).estimate, None
+        except LoadFailedError as error:
+            cause = error.__cause__
+            return UNKNOWN, cause.message if isinstance(cause, MegptError) else error.message
 
     async def of(self, key: VariantKey) -> Provision:
         """The provision. Raises LoadFailedError if the checkpoint is unusable, ModelNotFoundError."""

@@ -14,7 +14,7 @@ from typing import Any
 from memory_efficient_gpt_server.registry.load_queue import Waiter
 from memory_efficient_gpt_server.registry.planning import LoadRequest, Plan, Verdict, missing_bytes, plan
 from memory_efficient_gpt_server.registry.records import RegistryState, VariantRecord
-from memory_efficient_gpt_server.registry.scheduling import churn_wait_s
+from memory_efficient_gpt_server.registry.scheduling import churn_wait_s, loading_order
 from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import VariantKey
 
@@ -25,9 +25,8 @@ OperationOf = Callable[[int], str | None]
 def queue_view(state: RegistryState, now_s: float, operation_of: OperationOf) -> dict[str, Any]:
     """The whole queue, and whether swaps are held back."""
     policy, claimed = state.policy, dict[str, int]()
-    order = state.queue.in_order(now_s, policy.patience_s, lambda key: state.entries[key.model_id].priority)
     groups = []
-    for position, key in enumerate(order, start=1):
+    for position, key in enumerate(loading_order(state, now_s), start=1):
         why = _why(state, state.records[key], now_s, claimed)
         groups.append(_group(state, key, now_s, operation_of) | {"position": position, "why": why})
     return {
@@ -76,6 +75,8 @@ def _why(
             why = _blocked(state, its_plan, now_s, claimed)
             _claim(state, record.key, its_plan, now_s, claimed)
             return why
+        case State.READY:
+            return _told("worker_replaced", "Its worker has died; it is served by the next one.")
         case _:
             message = "Its earlier process has not ended yet; it is loaded again after that."
             return _told(str(record.state), message)

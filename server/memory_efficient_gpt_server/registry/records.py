@@ -73,14 +73,16 @@ class VariantRecord:
 
     measured: what it really took when it was last loaded; the next load reserves that. leases: ids of those
     who use it. last_used_s: when the last lease was granted or released. resident_since_s: when it last
-    became ready. strikes_s: its recent failures. failure: set while a failed process is being ended.
-    drain_for: the variant it is drained in favour of. drain_deadline_s: when its leases are aborted (an
-    administrator's wish). operations: administrators to be told when its process is gone. sleepers: those to
-    be told when it is asleep. giving: what it is giving away now. kv_floor_bytes: below which its KV cache
-    could not go when it was last asked and not used since; 0: not known. kv_wanted_s: when it last wanted
-    more KV memory. kv_on_waking_bytes: what its KV cache will have after its sleep; None: it never slept.
-    relimited: whether limits of its KV cache were changed since its process began, so that what was measured
-    of that is not what the next one takes.
+    became ready. strikes_s: its recent failed loads; one that succeeds clears them. crashes_s: when its
+    workers were given up while they served. failure: set while a failed process is being ended. recovering:
+    its worker has died and the next one is not ready yet. drain_for: the variant it is drained in favour of.
+    yields_to: the one that it left for, as long as that waits to be loaded: the room is that one's.
+    drain_deadline_s: when its leases are aborted (an administrator's wish). operations: administrators to be
+    told when its process is gone. sleepers: those to be told when it is asleep. giving: what it is giving
+    away now. kv_floor_bytes: below which its KV cache could not go when it was last asked and not used since;
+    0: not known. kv_wanted_s: when it last wanted more KV memory. kv_on_waking_bytes: what its KV cache will
+    have after its sleep; None: it never slept. relimited: whether limits of its KV cache were
+    changed since its process began, so that what was measured of that is not what the next one takes.
     """
 
     key: VariantKey
@@ -92,8 +94,11 @@ class VariantRecord:
     resident_since_s: float = 0.0
     timings: Timings = field(default_factory=Timings)
     strikes_s: tuple[float, ...] = ()
+    crashes_s: tuple[float, ...] = ()
     failure: Failure | None = None
+    recovering: bool = False
     drain_for: VariantKey | None = None
+    yields_to: VariantKey | None = None
     drain_deadline_s: float | None = None
     operations: tuple[int, ...] = ()
     sleepers: tuple[int, ...] = ()
@@ -107,6 +112,16 @@ class VariantRecord:
     def state(self) -> State:
         """Where it is in its life."""
         return self.life.state
+
+    @property
+    def serves(self) -> bool:
+        """Whether a request could be computed now."""
+        return self.state is State.READY and not self.recovering
+
+    @property
+    def failures_s(self) -> tuple[float, ...]:
+        """All its failures, the oldest first."""
+        return tuple(sorted(self.strikes_s + self.crashes_s))
 
     @property
     def needs(self) -> Estimate:
@@ -168,7 +183,7 @@ class RegistryState:
             waited = record.key in self.queue
             if record.state is State.QUEUED:
                 assert waited, f"{record.key} is queued for nobody"
-            elif record.state in (State.READY, State.UNLOADED, State.FAILED):
+            elif record.serves or record.state in (State.UNLOADED, State.FAILED):
                 assert not waited, f"{record.key} is {record.state} and someone waits for it"
         for owner in self.ledger.entries:
             assert owner in self.records or isinstance(owner, str), f"{owner} has bytes and no record"
@@ -183,6 +198,8 @@ def _check_record(record: VariantRecord, ledger: Ledger) -> None:
     state, stages = record.state, {e.stage for e in ledger.of(record.key)}
     if record.leases:
         assert state in (State.READY, State.DRAINING), f"{record.key} is {state} and has leases"
+    if record.recovering:
+        assert state in (State.READY, State.DRAINING), f"{record.key} is {state} and recovers"
     if record.giving is not None:
         assert state in (State.READY, State.DRAINING), f"{record.key} is {state} and gives KV bytes"
     if state not in HAS_PROCESS:

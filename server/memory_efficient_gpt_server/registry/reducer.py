@@ -35,7 +35,9 @@ from memory_efficient_gpt_server.registry.events import (
     Slept,
     Tick,
     Woke,
+    WorkerBack,
     WorkerDied,
+    WorkerLost,
 )
 from memory_efficient_gpt_server.registry.planning import wake_s
 from memory_efficient_gpt_server.registry.records import RegistryState, Timings, VariantRecord
@@ -104,7 +106,15 @@ def _apply_admin(
 
 def _apply_news(
     draft: Draft,
-    event: Loaded | LoadFailed | WorkerDied | ProcessGone | LeaksCleared | Slept | Woke,
+    event: Loaded
+    | LoadFailed
+    | WorkerLost
+    | WorkerBack
+    | WorkerDied
+    | ProcessGone
+    | LeaksCleared
+    | Slept
+    | Woke,
 ) -> None:
     """News of workers."""
     if isinstance(event, LeaksCleared):
@@ -136,6 +146,8 @@ def _apply_news(
             _require(record, State.LOADING, event)
             record = draft.strike(record, reason, fatal=True)
             draft.unload(record, UnloadReason.FAILURE, reason)
+        case WorkerLost() | WorkerBack():
+            _replaced(draft, record, lost=isinstance(event, WorkerLost))
         case WorkerDied(_, reason):
             _died(draft, record, reason)
 
@@ -154,7 +166,9 @@ def _asked(draft: Draft, event: Asked) -> None:
         return
     record = draft.record(event.key, event.estimate)
     failure_s, why = _failed_until(record)
-    if record.state is State.READY:
+    if event.problem is not None and failure_s <= draft.now_s:
+        admin.refuse_unusable(draft, record, event.waiter, event.problem)
+    elif record.serves:
         draft.grant(record, (event.waiter,))
     elif record.operations:
         draft.refuse(event.waiter, RefusalKind.DRAINING, draft.policy.unload_s)
@@ -237,9 +251,24 @@ def _as_loaded(record: VariantRecord, measured: Estimate) -> Estimate:
     return replace(measured, kv_bytes=record.needs.kv_bytes)
 
 
+def _replaced(draft: Draft, record: VariantRecord, *, lost: bool) -> None:
+    """Leases stay, for what is aboard goes on in the next worker; whoever comes meanwhile waits for it."""
+    if record.state not in (State.READY, State.DRAINING):
+        return  # it was told to sleep while this was on the way, and will answer to that
+    record = draft.put(record, recovering=lost)
+    if record.state is State.READY:
+        draft.serve_group(record)
+
+
 def _died(draft: Draft, record: VariantRecord, reason: str) -> None:
-    """Its leases are lost. Who waits for it is served by the next process, unless it fails too often."""
-    loading = record.state is State.LOADING
+    """Its leases are lost. Who waits for it is served by the next process, unless it fails too often.
+
+    One that dies asleep, or on the way there or back, says nothing about loads: it was loaded well.
+    """
+    state = record.state
     record = draft.abort_leases(record, AbortReason.WORKER_DIED)
-    record = draft.strike(record, reason, fatal=loading)
+    if state is State.LOADING:
+        record = draft.strike(record, reason, fatal=True)
+    elif state in (State.READY, State.DRAINING):
+        record = draft.strike(record, reason, fatal=False, served=True)
     draft.unload(record, UnloadReason.FAILURE, reason)

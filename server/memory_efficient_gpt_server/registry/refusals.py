@@ -7,6 +7,8 @@ Invariant: every RefusalKind and every AbortReason has an error.
 
 from __future__ import annotations
 
+import math
+
 from memory_efficient_gpt.errors import EngineFailedError, MegptError, ModelNotFoundError
 from memory_efficient_gpt_server.errors import (
     ChurnLimitedError,
@@ -15,6 +17,7 @@ from memory_efficient_gpt_server.errors import (
     LoadFailedError,
     ModelBusyError,
     ModelLoadingError,
+    ModelNotLoadedError,
     ModelPinnedError,
     ModelsBusyError,
     ModelUnloadingError,
@@ -40,9 +43,10 @@ def error_for(refusal: Refuse, model_id: str) -> MegptError:
         case RefusalKind.EVICTION_NEEDED:
             return _eviction_needed(refusal, model_id)
         case RefusalKind.LOAD_FAILED:
+            why = (refusal.detail or "no reason was given").rstrip(". ")
             return LoadFailedError(
-                f"Model {model_id} could not be loaded: {refusal.detail or 'no reason was given'}. "
-                f"A request {wait_s:.0f} s from now tries again."
+                f"Model {model_id} could not be loaded: {why}. Repair it, or ask its operator to. It is not "
+                f"tried again for the next {max(1, math.ceil(wait_s))} s."
             )
         case RefusalKind.MODEL_BUSY:
             remedy = refusal.detail or "try again later, or use mode drain or abort"
@@ -83,6 +87,10 @@ def _try_again(kind: RefusalKind, model_id: str, wait_s: float) -> MegptError:
             return ModelUnloadingError(
                 f"Model {model_id} is being unloaded by an administrator. Try again later.",
                 retry_after_s=wait_s,
+            )
+        case RefusalKind.MODEL_NOT_LOADED:
+            return ModelNotLoadedError(
+                f"Model {model_id} is not loaded, and this request waits for no load.", retry_after_s=wait_s
             )
         case _:
             return ModelLoadingError(
@@ -139,7 +147,8 @@ def _insufficient(refusal: Refuse, model_id: str) -> InsufficientMemoryError:
     )
     limit = "host_budget_bytes" if beside_gpu else "memory_budget_bytes"
     return InsufficientMemoryError(
-        f"Model {model_id} needs {' and '.join(short)}. Raise {limit}, unpin a model, or lower "
-        f"the model's kv_cache_bytes.",
+        f"Model {model_id} needs {' and '.join(short)}. Raise {limit}, unpin a model, or "
+        f"give the model a smaller KV cache (whichever of kv_cache_bytes, num_kv_blocks and "
+        f"kv_soft_limit_bytes it has, else max_num_seqs or max_model_len).",
         {"plan": plan_view(plan)},
     )

@@ -40,6 +40,8 @@ def advance(draft: Draft) -> None:
     if draft.queue.groups:
         _refuse_expired(draft)
     for record in list(draft.records.values()):
+        if record.yields_to is not None and not waits_to_be_loaded(draft, record.yields_to):
+            record = draft.put(record, yields_to=None)
         if record.state is State.DRAINING:
             _continue_drain(draft, record)
         elif record.state in (State.READY, State.ASLEEP) and not record.leases:
@@ -90,7 +92,7 @@ def _refuse_expired(draft: Draft) -> None:
 
 def _refuse_late(draft: Draft, key: VariantKey, waiter: Waiter) -> None:
     record = draft.records[key]
-    if record.state in (State.LOADING, State.WAKING):
+    if record.state in (State.LOADING, State.WAKING) or record.recovering:
         left_s = max(1.0, remaining_s(draft, record, draft.now_s))
         draft.refuse(waiter.id, RefusalKind.MODEL_LOADING, left_s)
         return
@@ -116,9 +118,12 @@ def _no_longer_wanted(draft: Draft, record: VariantRecord, wanted_by: VariantKey
     was pinned."""
     if draft.entries[record.key.model_id].pins(record.key):
         return True
-    if wanted_by not in draft.queue or draft.queue.spares_others(wanted_by):
-        return True
-    return draft.records[wanted_by].state not in (State.QUEUED, State.ASLEEP)
+    return draft.queue.spares_others(wanted_by) or not waits_to_be_loaded(draft, wanted_by)
+
+
+def waits_to_be_loaded(view: RegistryView, key: VariantKey) -> bool:
+    """Whether somebody waits for a variant whose load or wake-up has not begun."""
+    return key in view.queue and view.records[key].state in (State.QUEUED, State.ASLEEP)
 
 
 def _end_drained(draft: Draft, record: VariantRecord) -> None:
@@ -126,9 +131,9 @@ def _end_drained(draft: Draft, record: VariantRecord) -> None:
         draft.unload(record, UnloadReason.ADMIN if record.operations else UnloadReason.OVERCOMMIT)
         return
     if record.key not in draft.queue and _sleep_is_enough(draft, record, record.drain_for):
-        draft.sleep(record, UnloadReason.BUDGET)
+        draft.sleep(record, UnloadReason.BUDGET, yields_to=record.drain_for)
     else:
-        draft.unload(record, UnloadReason.BUDGET)
+        draft.unload(record, UnloadReason.BUDGET, yields_to=record.drain_for)
 
 
 def _sleep_is_enough(draft: Draft, record: VariantRecord, wanted_by: VariantKey) -> bool:
@@ -162,9 +167,7 @@ def _start_loads(draft: Draft) -> None:
     claimed: dict[str, int] = {}
     ahead: list[VariantKey] = []
     under_way = sum([r.state in (State.LOADING, State.WAKING) for r in draft.records.values()])
-    patience_s = draft.policy.patience_s
-    order = draft.queue.in_order(draft.now_s, patience_s, lambda key: draft.entries[key.model_id].priority)
-    for key in order:
+    for key in loading_order(draft, draft.now_s):
         ahead.append(key)
         record = draft.records[key]
         if record.state not in (State.QUEUED, State.ASLEEP):
@@ -182,6 +185,18 @@ def _start_loads(draft: Draft) -> None:
         elif _makes_room(draft, ahead, its_plan, claimed):
             for device, size in its_plan.needed.items():
                 claimed[device] = claimed.get(device, 0) + size
+
+
+def loading_order(view: RegistryView, now_s: float) -> list[VariantKey]:
+    """All groups that wait, in the order in which they are served."""
+
+    def yields_to(key: VariantKey) -> VariantKey | None:
+        first = view.records[key].yields_to
+        return first if first is not None and waits_to_be_loaded(view, first) else None
+
+    return view.queue.in_order(
+        now_s, view.policy.patience_s, lambda key: view.entries[key.model_id].priority, yields_to
+    )
 
 
 def _start(draft: Draft, record: VariantRecord) -> None:
@@ -240,9 +255,9 @@ def _dismiss(draft: Draft, victims: Victims, reason: UnloadReason, drain_for: Va
             case Way.SHRINK:
                 draft.give_kv(record, None, victims.kv_bytes[key])
             case Way.EVICT:
-                draft.unload(record, reason)
+                draft.unload(record, reason, yields_to=drain_for)
             case Way.SLEEP:
-                draft.sleep(record, reason)
+                draft.sleep(record, reason, yields_to=drain_for)
             case Way.DRAIN:
                 draft.enter(record, State.DRAINING, reason, drain_for=drain_for)
     if swaps and reason is UnloadReason.BUDGET:

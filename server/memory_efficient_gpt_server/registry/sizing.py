@@ -49,12 +49,13 @@ def sized(
     config = replace(config, kv_reserve_bytes=budget_bytes)  # its memory comes as that of one that grows
     predicted = estimate(config, free_bytes=_NO_LIMIT)
     most = min(limits.hard_bytes or budget_bytes, budget_bytes)
-    if config.kv_cache_bytes is None and config.num_kv_blocks is None and predicted.kv_cache_bytes:
+    automatic = config.kv_cache_bytes is None and config.num_kv_blocks is None
+    if automatic and predicted.kv_cache_bytes:
         most = min(most, predicted.kv_cache_bytes)
         first = min(_first_bytes(predicted, budget_bytes, limits.soft_bytes), most)
         config = replace(config, kv_cache_bytes=first)
         if predicted.kv_cache_bytes > first:
-            predicted = estimate(config, free_bytes=_NO_LIMIT)  # asking a GPU would take memory there
+            predicted = _with_first_cache(config, limits)
     elif limits.hard_bytes is None:
         most = predicted.kv_cache_bytes
     if limits.hard_bytes is not None and predicted.kv_cache_bytes > limits.hard_bytes:
@@ -63,8 +64,33 @@ def sized(
              f"kv_hard_limit_bytes is {limits.hard_bytes:,}. Raise that, or make the cache smaller."]
         )  # fmt: skip
     most = max(most, predicted.kv_cache_bytes)
+    if predicted.kv_can_move:
+        _check_soft_limit(config, limits, budget_bytes if automatic else min(most, budget_bytes))
     config = replace(config, kv_reserve_bytes=most or None)
     return config, registry_estimate(predicted, most)
+
+
+def _check_soft_limit(config: EngineConfig, limits: KvLimits, most_bytes: int) -> None:
+    """Raises ConfigError if the cache can never have as much as it is to keep."""
+    if limits.soft_bytes is not None and limits.soft_bytes > most_bytes:
+        raise ConfigError(
+            [f"kv_soft_limit_bytes of {config.model} is {limits.soft_bytes:,}, but its KV cache may have "
+             f"{most_bytes:,} at most. Lower it, or raise memory_budget_bytes or kv_hard_limit_bytes."]
+        )  # fmt: skip
+
+
+def _with_first_cache(config: EngineConfig, limits: KvLimits) -> MemoryEstimate:
+    """What it takes with the cache that it begins with.
+
+    Raises MegptError, naming the limit that made the cache small.
+    """
+    try:
+        return estimate(config, free_bytes=_NO_LIMIT)  # asking a GPU would take memory there
+    except ConfigError as error:
+        if config.kv_cache_bytes != limits.hard_bytes:
+            raise
+        named = [problem.replace("kv_cache_bytes", "kv_hard_limit_bytes") for problem in error.problems]
+        raise ConfigError(named) from error
 
 
 def registry_estimate(predicted: MemoryEstimate, kv_most_bytes: int) -> Estimate:

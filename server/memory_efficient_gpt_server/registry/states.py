@@ -13,6 +13,8 @@ Invariant: a transition that is not drawn here raises.
                                          v
                               UNLOADED, or FAILED -> QUEUED | UNLOADED
 
+UNLOADED or FAILED -> FAILED: its files can't be loaded, which shows before a process is started.
+
 SLEEPING and WAKING are the seconds in which the worker gives back or takes its memory; a lease is granted in
 READY only.
 """
@@ -46,7 +48,7 @@ class State(StrEnum):
 
 _S: Final = State
 TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
-    _S.UNLOADED: frozenset({_S.QUEUED}),
+    _S.UNLOADED: frozenset({_S.QUEUED, _S.FAILED}),
     _S.QUEUED: frozenset({_S.LOADING, _S.UNLOADED}),
     _S.LOADING: frozenset({_S.READY, _S.UNLOADING}),
     _S.READY: frozenset({_S.SLEEPING, _S.DRAINING, _S.UNLOADING}),
@@ -55,7 +57,7 @@ TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
     _S.WAKING: frozenset({_S.READY, _S.UNLOADING}),
     _S.DRAINING: frozenset({_S.UNLOADING, _S.SLEEPING, _S.READY}),
     _S.UNLOADING: frozenset({_S.UNLOADED, _S.FAILED}),
-    _S.FAILED: frozenset({_S.QUEUED, _S.UNLOADED}),
+    _S.FAILED: frozenset({_S.QUEUED, _S.UNLOADED, _S.FAILED}),
 }
 
 HAS_PROCESS: Final = frozenset(

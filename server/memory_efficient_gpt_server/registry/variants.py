@@ -39,6 +39,11 @@ _FREED_ON_HOST: Final = frozenset({Kind.KV})
 _FREED_BY_PARKING: Final = frozenset({Kind.WEIGHTS, Kind.KV, Kind.WORKSPACE, Kind.GRAPHS})
 
 
+MEASURED_KINDS: Final = frozenset({Kind.WEIGHTS, Kind.KV})
+"""What a worker tells of itself once it is ready. Of the rest it takes what it needs as it works, so that
+stays booked as it was estimated."""
+
+
 class Amount(NamedTuple):
     """Bytes of one kind on one device."""
 

@@ -232,4 +232,5 @@ def _without_gift(record: VariantRecord, freed: dict[str, int]) -> dict[str, int
 
 def can_park(record: VariantRecord, host_room_bytes: int) -> bool:
     """Whether the variant can sleep and what it parks fits into that much host memory."""
-    return record.needs.can_sleep and record.needs.parked_bytes <= max(0, host_room_bytes)
+    can_sleep = record.needs.can_sleep and not record.recovering
+    return can_sleep and record.needs.parked_bytes <= max(0, host_room_bytes)

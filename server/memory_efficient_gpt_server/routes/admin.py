@@ -22,7 +22,14 @@ from memory_efficient_gpt_server.admin_schemas import (
     SleepBody,
     UnloadBody,
 )
-from memory_efficient_gpt_server.deps import CurrentServer, Server, body_schema, json_body, require_admin
+from memory_efficient_gpt_server.deps import (
+    ADMIN_ONLY,
+    CurrentServer,
+    Server,
+    body_schema,
+    json_body,
+    known_query,
+)
 from memory_efficient_gpt_server.errors import NoMemoryBudgetError
 from memory_efficient_gpt_server.optimizations import wish_of
 from memory_efficient_gpt_server.registry.events import UnloadMode
@@ -33,7 +40,7 @@ from memory_efficient_gpt_server.registry.owner import Registry
 from memory_efficient_gpt_server.registry.plan_view import joint_plan_view, ledger_view, plan_view
 from memory_efficient_gpt_server.registry.variants import VariantKey
 
-router = APIRouter(dependencies=[Depends(require_admin)])
+router = APIRouter(dependencies=ADMIN_ONLY)
 
 
 def registry_of(server: CurrentServer) -> Registry:
@@ -166,6 +173,7 @@ async def _answer(
     wait: bool,
 ) -> Response:
     """200 with the variant once the operation is done, 202 while it goes on. Raises the refusal."""
+    wait = wait or known_query(request) is True
     if wait:
         async with server.lifecycle.running(request.receive, server.settings.request_timeout_s):
             await operation

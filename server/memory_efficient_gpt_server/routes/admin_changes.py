@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic_core import to_json
 
 from memory_efficient_gpt_server.admin_schemas import PatchMemoryBody, PatchModelBody
-from memory_efficient_gpt_server.deps import CurrentServer, body_schema, json_body, require_admin
+from memory_efficient_gpt_server.deps import ADMIN_ONLY, CurrentServer, body_schema, json_body
 from memory_efficient_gpt_server.model_settings import ModelSettings
 from memory_efficient_gpt_server.registration import offer, prepare, rescan, unregister
 from memory_efficient_gpt_server.registry.changes import change_budget, change_model
@@ -21,7 +21,7 @@ from memory_efficient_gpt_server.registry.model_view import model_view
 from memory_efficient_gpt_server.registry.plan_view import ledger_view
 from memory_efficient_gpt_server.routes.admin import CurrentRegistry
 
-router = APIRouter(dependencies=[Depends(require_admin)])
+router = APIRouter(dependencies=ADMIN_ONLY)
 
 
 @router.patch("/admin/models/{model_id}", openapi_extra=body_schema(PatchModelBody))

@@ -13,20 +13,20 @@ import contextlib
 from collections.abc import Iterator
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter, Header, Request
 from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from memory_efficient_gpt.errors import InvalidRequestError
-from memory_efficient_gpt_server.deps import CurrentServer, Server, record_of, require_admin
+from memory_efficient_gpt_server.deps import ADMIN_ONLY, CurrentServer, Server, record_of
 from memory_efficient_gpt_server.errors import StreamStalledError
 from memory_efficient_gpt_server.logs import RequestRecord
 from memory_efficient_gpt_server.registry.journal import Entry, Journal, News
 from memory_efficient_gpt_server.routes.admin import CurrentRegistry
 from memory_efficient_gpt_server.sse import SseChannel, named_event
 
-router = APIRouter(dependencies=[Depends(require_admin)])
+router = APIRouter(dependencies=ADMIN_ONLY)
 
 _HEAD: Final = b"retry: 2000\n: events follow\n\n"
 _END: Final = named_event("end", b'{"reason":"the server is shutting down"}')

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
-from memory_efficient_gpt_server.deps import require_admin
+from memory_efficient_gpt_server.deps import ADMIN_ONLY
 from memory_efficient_gpt_server.registry.operation_view import operation_view
 from memory_efficient_gpt_server.registry.queue_view import queue_view
 from memory_efficient_gpt_server.routes.admin import CurrentRegistry
 
-router = APIRouter(dependencies=[Depends(require_admin)])
+router = APIRouter(dependencies=ADMIN_ONLY)
 
 
 @router.get("/admin/queue")

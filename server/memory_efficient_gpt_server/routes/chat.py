@@ -33,7 +33,8 @@ from memory_efficient_gpt_server.routes.dialect import (
     last_event,
     receipt_field,
 )
-from memory_efficient_gpt_server.routes.generation import GenerationResponse, Job
+from memory_efficient_gpt_server.routes.generation import GenerationResponse
+from memory_efficient_gpt_server.routes.job import Job
 from memory_efficient_gpt_server.schemas import ChatBody
 from memory_efficient_gpt_server.sse import event, json_text
 from memory_efficient_gpt_server.text import Conversation, ScoredToken

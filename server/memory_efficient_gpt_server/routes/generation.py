@@ -13,7 +13,6 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -23,21 +22,20 @@ from starlette.types import Receive, Scope, Send
 from memory_efficient_gpt.engine_info import EngineInfo
 from memory_efficient_gpt.errors import EngineFailedError, MegptError
 from memory_efficient_gpt.output import TextAssembler
-from memory_efficient_gpt.request import Cost, FinishReason, Request, SamplingParams, SequenceEvent
+from memory_efficient_gpt.request import Cost, FinishReason, Request, SequenceEvent
 from memory_efficient_gpt_server.deps import Client, Server
 from memory_efficient_gpt_server.errors import ClientDisconnectedError, StreamStalledError, answer_for
 from memory_efficient_gpt_server.logs import RequestRecord
 from memory_efficient_gpt_server.merged_events import MergedEvents
 from memory_efficient_gpt_server.metrics import ModelMetrics
-from memory_efficient_gpt_server.models import ModelEngine, ServedModel
+from memory_efficient_gpt_server.models import ModelEngine
 from memory_efficient_gpt_server.optimizations import check_optimizations, check_prefix_cache, wish_of
 from memory_efficient_gpt_server.receipts import Serving, later, receipt
-from memory_efficient_gpt_server.routes.dialect import Dialect, FinishedChoice, Usage
-from memory_efficient_gpt_server.schemas import GenerationBody
+from memory_efficient_gpt_server.routes.dialect import FinishedChoice, Usage
+from memory_efficient_gpt_server.routes.job import Job
 from memory_efficient_gpt_server.served_variant import takes_requests
 from memory_efficient_gpt_server.sse import DONE, SseChannel, event
 from memory_efficient_gpt_server.text import (
-    Prompt,
     ScoredToken,
     SequenceText,
     check_prompt,
@@ -49,39 +47,10 @@ from memory_efficient_gpt_server.text import (
 
 logger = logging.getLogger(__name__)
 
-UNSTATED_OUTPUT_TOKENS: Final = 1024
-"""What a sequence is charged at admission if the request sets no limit to its output."""
-
 MOST_UNHURRIED_STREAMS: Final = 4
 """With so many requests at once or fewer, every token is written when it comes."""
 
 _LAST_WRITE_TIMEOUT_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What to generate. `field` is the prompts' field in the body; `echo` puts the prompt before its text.
-
-    continues_text: the text goes on where the prompt ends, so a space before its first word is part of it.
-    score_only: the one token that `params` asks for is not shown: only the prompt is scored.
-    """
-
-    id: str
-    model: ServedModel
-    prompts: Sequence[Prompt]
-    params: SamplingParams
-    body: GenerationBody
-    dialect: Dialect
-    field: str
-    continues_text: bool = False
-    echo: bool = False
-    score_only: bool = False
-
-    @property
-    def charged_tokens(self) -> int:
-        """Output tokens to reserve for all sequences."""
-        each = UNSTATED_OUTPUT_TOKENS if self.params.max_tokens is None else self.params.max_tokens
-        return each * self.params.n * len(self.prompts)
 
 
 class GenerationResponse(Response):
@@ -93,11 +62,20 @@ class GenerationResponse(Response):
         self._client = client
         self._job = job
         self._record = record
-        self._cold_state, self._waited_s = "", 0.0
+        self._cold_state = ""
+        self._asked_s: float | None = None
+        self._waited_s: float | None = None
         record.model, record.user, record.stream = job.model.id, job.body.user, bool(job.body.stream)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve it. Raises MegptError before the first byte; afterwards errors become events."""
+        try:
+            await self._answer(scope, receive, send)
+        except MegptError:
+            scope["megpt.headers"] = self._model_headers()  # for errors.py
+            raise
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         running = self._server.lifecycle.running(receive, self._server.settings.request_timeout_s)
         if not self._job.body.stream:
             async with running:
@@ -123,8 +101,13 @@ class GenerationResponse(Response):
 
     def _model_headers(self) -> dict[str, str]:
         """The model's state when the request came, and how long it waited for the model to be ready."""
-        state = self._cold_state or "ready"
-        return {"x-megpt-model-state": state, "x-megpt-load-ms": f"{1000 * self._waited_s:.0f}"}
+        if self._asked_s is None:
+            return {}  # nobody has looked
+        waited_s = time.perf_counter() - self._asked_s if self._waited_s is None else self._waited_s
+        return {
+            "x-megpt-model-state": self._cold_state or "ready",
+            "x-megpt-load-ms": f"{1000 * waited_s:.0f}",
+        }
 
     async def _plain(self) -> bytes:
         async with self._generation() as generation:
@@ -172,14 +155,18 @@ class GenerationResponse(Response):
             variant = await job.model.choose(wish)
             engine = variant.engine
             self._cold_state = "" if takes_requests(engine) else engine.state
+            self._asked_s = asked_s
             if job.body.on_cold == "fail":
                 variant.require_warm()
+            prompts: list[tuple[int, ...]] = []
             if engine.info is not None:  # else only a load can tell
                 self._check_optimizations(engine.info)
+                if self._cold_state:  # nobody leaves for what is refused afterwards
+                    prompts = await self._encode(engine.info)
             async with variant.lease() as info:
                 self._waited_s = time.perf_counter() - asked_s
                 self._check_optimizations(info)
-                prompts = await self._encode(info)
+                prompts = prompts or await self._encode(info)
                 reservation.correct(sum(map(len, prompts)) * job.params.n + job.charged_tokens)
                 serving = Serving(job.model.id, variant.name, info, self._waited_s)
                 metrics = server.metrics.of(job.model.id)

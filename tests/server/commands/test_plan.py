@@ -83,13 +83,16 @@ def test_several_models_must_fit_together(plan: PlanCommand) -> None:
     both = json.loads(plan("demo", "demo-mha", "--memory-budget", "2GiB", "--json").out)
     assert both["models"][0] == alone["models"][0]
     assert both["needed_bytes"] == alone["needed_bytes"] + both["models"][1]["total_bytes"]
-    tight = json.loads(plan("demo", "--memory-budget", "900MiB", "--json").out)
-    too_tight = json.loads(plan("demo", "demo-mha", "demo-draft", "--memory-budget", "900MiB", "--json").out)
+    tight = json.loads(plan("demo", "--memory-budget", "318MiB", "--json").out)
+    too_tight = json.loads(plan("demo", "demo-mha", "demo-draft", "--memory-budget", "318MiB", "--json").out)
     assert (tight["fits"], too_tight["fits"]) == (True, False)
 
 
-def test_the_table_has_a_line_for_each_model_and_their_sum(plan: PlanCommand) -> None:
-    done = plan("demo", "demo-draft", "--memory-budget", "2GiB")
+def test_the_table_has_a_line_for_each_model_and_their_sum(
+    plan: PlanCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memory_efficient_gpt.hardware.free_memory_bytes", lambda _: 2 * GIB)
+    done = plan("demo", "demo-draft")
     assert done.code == 0
     header, demo, draft, server, together, *_ = done.out.splitlines()
     assert header.split() == ["model", "weights", "KV", "cache", "workspace", "total", "context"]
@@ -112,19 +115,26 @@ def test_without_a_budget_the_machines_free_memory_counts(
     assert report["fits"] is True
 
 
+def test_a_budget_is_for_models_alone_as_a_servers_is(plan: PlanCommand) -> None:
+    words = ("demo", "--memory-budget", "400000000", "--kv-cache-bytes", "25190400", "--json")
+    report = json.loads(plan(*words).out)
+    assert report["fits"] and report["server_bytes"] == 0
+    assert report["needed_bytes"] == report["models"][0]["total_bytes"]
+
+
 def test_a_budget_below_a_model_names_what_is_missing(plan: PlanCommand) -> None:
-    done = plan("demo", "--memory-budget", "300MiB")
+    done = plan("demo", "--memory-budget", "60MiB")
     assert done.code == 1
     missing = re.search(
-        r"^does not fit into 300\.0 MiB of memory \(cpu\): ([\d.]+) MiB too much$", done.out, re.M
+        r"^does not fit into 60\.0 MiB of memory \(cpu\): ([\d.]+) MiB too much$", done.out, re.M
     )
-    assert missing is not None and 350 < float(missing[1]) < 450
+    assert missing is not None and 50 < float(missing[1]) < 150
     assert "no change that was tried would do" in done.out
 
 
 def test_changes_that_would_do_are_named_with_their_options(plan: PlanCommand, hub_8b: str) -> None:
     for words, text in (
-        (("demo", "demo-mha", "demo-draft", "--memory-budget", "930MiB"), "with at most"),
+        (("demo", "demo-mha", "demo-draft", "--memory-budget", "348MiB"), "with at most"),
         ((hub_8b, "--max-model-len", "4096", "--memory-budget", "8GiB"), "with int4 weights"),
     ):
         report = json.loads(plan(*words, "--json").out)

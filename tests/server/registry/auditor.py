@@ -18,6 +18,7 @@ from memory_efficient_gpt_server.registry.effects import (
     GrantLease,
     GrowKv,
     MoveKv,
+    RefusalKind,
     Refuse,
     StartLoad,
     StartSleep,
@@ -51,12 +52,13 @@ from memory_efficient_gpt_server.registry.ledger import Stage
 from memory_efficient_gpt_server.registry.records import RegistryState
 from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import VariantKey
+from tests.server.registry.audited_failures import Failures
+from tests.server.registry.audited_swaps import Swaps
 from tests.server.registry.fake_workers import FakeWorkers
 from tests.server.registry.kv_rules import at_limit, beyond_limit, check_spared
 
 MEASURES = (Loaded, Woke, Slept, ProcessGone, KvMoved, BudgetPatched)
 """Events that tell the ledger what is, so that it may show more than the budget."""
-
 BUSY_STATES = frozenset({State.LOADING, State.SLEEPING, State.WAKING, State.DRAINING, State.UNLOADING})
 
 
@@ -77,6 +79,8 @@ class Auditor:
     relimited: set[VariantKey] = field(default_factory=set)
     beyond_since_s: dict[VariantKey, float] = field(default_factory=dict)
     first_in_line: tuple[VariantKey, float] | None = None
+    failures: Failures = field(default_factory=Failures)
+    swaps: Swaps = field(default_factory=Swaps)
     counts: Counter[str] = field(default_factory=Counter)
 
     def expect(self, waiter: int, key: VariantKey, deadline_s: float) -> None:
@@ -84,8 +88,10 @@ class Auditor:
         assert waiter not in self.waiting, "an id was used twice"
         self.waiting[waiter] = (key, deadline_s)
 
-    def before(self, event: Event) -> None:
+    def before(self, event: Event, now_s: float) -> None:
         """Book what the event itself does."""
+        phases = {key: worker.phase for key, worker in self.workers.workers.items()}
+        self.failures.before(event, phases, now_s)
         match event:
             case Asked(waiter) | AdminWake(waiter):
                 self.may_evict.add(waiter)
@@ -112,8 +118,11 @@ class Auditor:
                 self._answered(waiter, now_s)
                 assert self.workers.workers[key].phase == "ready", f"a lease on {self.workers.workers[key]}"
                 self.leases[waiter] = key
-            case Refuse(waiter, kind):
+            case Refuse(waiter, kind, retry_s):
+                key, _ = self.waiting[waiter]
                 self._answered(waiter, now_s)
+                if kind is RefusalKind.LOAD_FAILED:
+                    self.failures.check_refusal(key, retry_s, new.policy.failures, now_s)
                 self.counts[f"refused: {kind}"] += 1
             case Finish(operation):
                 self._answered(operation, now_s)
@@ -123,13 +132,17 @@ class Auditor:
             case StartUnload(key, reason) | StartSleep(key, reason):
                 self._check_dismissal(key, reason, old, new, now_s)
                 self._check_wanted(key, reason, event, old)
+                if reason is UnloadReason.BUDGET:
+                    self.swaps.left(key, new)
             case StartWake(key, size):
+                self.swaps.started(key, new, now_s)
                 self._check_waking(key, size, new)
             case GrowKv(key, _):
                 self._check_growth(key, event, new)
             case MoveKv(source, _, size):
                 self._check_gift(source, size, event, old, new)
             case StartLoad(key, _):
+                self.swaps.started(key, new, now_s)
                 assert any(k == key for k, _ in self.waiting.values()), f"{key} is loaded for nobody"
         self.counts[type(effect).__name__] += 1
 
@@ -142,6 +155,8 @@ class Auditor:
             assert all(key.model_id != event.model_id for key in self.workers.workers), "a process is left"
         if isinstance(event, Patched) and event.estimates:
             self._note_limits(event, new)
+        self.swaps.after(new)
+        self.failures.after(event, old, new)
         self._check_leases(new)
         self._check_kv_limits(event, new, now_s)
         self._check_waiters(new, now_s)
@@ -162,7 +177,7 @@ class Auditor:
         for record in state.records.values():
             entry = state.entries[record.key.model_id]
             young = now_s - record.resident_since_s < entry.min_residency_s
-            if record.giving is not None or record.state in BUSY_STATES:
+            if record.giving is not None or record.recovering or record.state in BUSY_STATES:
                 return
             if record.state is State.READY and young:
                 return

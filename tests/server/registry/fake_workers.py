@@ -31,12 +31,15 @@ from memory_efficient_gpt_server.registry.events import (
     ProcessGone,
     Slept,
     Woke,
+    WorkerBack,
     WorkerDied,
+    WorkerLost,
 )
 from memory_efficient_gpt_server.registry.variants import HOST, Estimate, VariantKey, per_device
 
 LONGEST_LOAD_S = 12.0
 LONGEST_UNLOAD_S = 3.0
+LONGEST_REPLACEMENT_S = 15.0
 LONGEST_COPY_S = 2.0
 """To or from host memory."""
 
@@ -46,9 +49,11 @@ News: TypeAlias = Callable[[], Event | None]
 
 @dataclass(slots=True)
 class FakeWorker:
-    """One process. phase: loading, ready, sleeping, asleep, waking or ending; held: bytes by device.
+    """One process. phase: loading, ready, replacing, sleeping, asleep, waking or ending; held: bytes by
+    device.
 
-    size: what it takes once it is ready, decided when it begins. num_sleeps: how often it was put to sleep.
+    size: what it takes once it is ready, decided when it begins. replacing: it has died, and its successor,
+    which has the same bytes, is not ready. num_sleeps: how often it was put to sleep.
     """
 
     phase: str
@@ -60,7 +65,10 @@ class FakeWorker:
 
 @dataclass(slots=True)
 class Nature:
-    """What a variant is really like, whatever was estimated: size, and how likely things go wrong."""
+    """What a variant is really like, whatever was estimated: size, and how likely things go wrong.
+
+    frail: how likely it dies in a sleep, or on the way there or back.
+    """
 
     size: Estimate
     load_s: float
@@ -68,6 +76,7 @@ class Nature:
     crashes: float
     leaks: float
     swells: float
+    frail: float
 
 
 @dataclass(slots=True)
@@ -101,11 +110,11 @@ class FakeWorkers:
             case StartWake(key, kv_bytes):
                 self._wake(key, kv_bytes)
             case GrowKv(key, size):
-                worker = self._in_phase(key, "ready")
+                worker = self._in_phase(key, "ready", "replacing")
                 worker.kv_bytes += size
                 worker.held[self.natures[key].size.device] += size
             case MoveKv(source, _, size):
-                worker = self._in_phase(source, "ready")
+                worker = self._in_phase(source, "ready", "replacing")
                 slept = worker.num_sleeps
                 self.later(self.rng.uniform(0.05, 2.0), lambda: self._moved(source, worker, size, slept))
             case _:
@@ -115,9 +124,9 @@ class FakeWorkers:
         """All processes of it that could not be ended are gone after all."""
         return LeaksCleared(key) if self.leaked.pop(key, None) else None
 
-    def _in_phase(self, key: VariantKey, phase: str) -> FakeWorker:
+    def _in_phase(self, key: VariantKey, *phases: str) -> FakeWorker:
         worker = self.workers.get(key)
-        assert worker is not None and worker.phase == phase, f"{key} is {worker}, not {phase}"
+        assert worker is not None and worker.phase in phases, f"{key} is {worker}, not {phases}"
         return worker
 
     def _load(self, key: VariantKey, reserved: Estimate) -> None:
@@ -137,8 +146,23 @@ class FakeWorkers:
     def _loaded(self, key: VariantKey, worker: FakeWorker) -> Event:
         measured = self._become_ready(key, worker)
         if self.rng.random() < self.natures[key].crashes:
-            self.later(self.rng.uniform(0, 30), self._while(key, worker, lambda: WorkerDied(key, "segfault")))
+            self.later(self.rng.uniform(0, 30), self._while(key, worker, lambda: self._crashed(key, worker)))
         return Loaded(key, measured)
+
+    def _crashed(self, key: VariantKey, worker: FakeWorker) -> Event:
+        """Its supervisor gives up, or has a successor that gets ready or is the last."""
+        if worker.phase != "ready" or self.rng.random() < 0.4:
+            return WorkerDied(key, "segfault")
+        worker.phase = "replacing"
+        after_s = self.rng.uniform(0.5, LONGEST_REPLACEMENT_S)
+        self.later(after_s, self._while(key, worker, lambda: self._replaced(key, worker)))
+        return WorkerLost(key)
+
+    def _replaced(self, key: VariantKey, worker: FakeWorker) -> Event:
+        if self.rng.random() < 0.2:
+            return WorkerDied(key, "it keeps dying")
+        worker.phase = "ready" if worker.phase == "replacing" else worker.phase
+        return WorkerBack(key)
 
     def _become_ready(self, key: VariantKey, worker: FakeWorker, kv_bytes: int | None = None) -> Estimate:
         """kv_bytes: of its KV cache; None: as it is loaded."""
@@ -185,6 +209,10 @@ class FakeWorkers:
             else:
                 really = parked if told is None else told
                 worker.held = {size.device: context, HOST: size.host_bytes + really}
+            if self.rng.random() < self.natures[key].frail:
+                self.later(
+                    self.rng.uniform(0, 9), self._while(key, worker, lambda: _died_asleep(key, worker))
+                )
             return Slept(key, context, told)
 
         self._finish_copy(key, worker, slept)
@@ -195,7 +223,7 @@ class FakeWorkers:
         self._finish_copy(key, worker, lambda: Woke(key, self._become_ready(key, worker, kv_bytes)))
 
     def _finish_copy(self, key: VariantKey, worker: FakeWorker, done: News) -> None:
-        if self.rng.random() < self.natures[key].crashes:
+        if self.rng.random() < self.natures[key].frail:
             done = partial(WorkerDied, key, "died while copying")
         self.later(self.rng.uniform(0.01, LONGEST_COPY_S), self._while(key, worker, done))
 
@@ -203,7 +231,7 @@ class FakeWorkers:
         """It unmaps, sometimes less than it was told to. One that is being ended or put to sleep may or may
         not tell; nobody listens to one that was asleep since."""
         falls_asleep = giver.phase == "sleeping" and giver.num_sleeps == num_sleeps + 1
-        awake = giver.phase in ("ready", "ending") and giver.num_sleeps == num_sleeps
+        awake = giver.phase in ("ready", "replacing", "ending") and giver.num_sleeps == num_sleeps
         if self.workers.get(source) is not giver or not (awake or falls_asleep):
             return None
         if self.rng.random() < 0.3:
@@ -211,7 +239,11 @@ class FakeWorkers:
         moved = min(size, giver.kv_bytes)
         giver.kv_bytes -= moved
         giver.held[self.natures[source].size.device] -= moved
-        return None if giver.phase != "ready" and self.rng.random() < 0.5 else KvMoved(source, moved)
+        return (
+            None
+            if giver.phase in ("ending", "sleeping") and self.rng.random() < 0.5
+            else KvMoved(source, moved)
+        )
 
     def _while(self, key: VariantKey, worker: FakeWorker, news: News) -> News:
         """News that a process that is being ended sends only now and then, and one that is gone never."""
@@ -222,3 +254,8 @@ class FakeWorkers:
             return None if worker.phase == "ending" and self.rng.random() < 0.5 else news()
 
         return told
+
+
+def _died_asleep(key: VariantKey, worker: FakeWorker) -> Event | None:
+    """None: it was woken before."""
+    return WorkerDied(key, "died asleep") if worker.phase == "asleep" else None

@@ -67,6 +67,7 @@ def random_nature(rng: random.Random, estimate: Estimate) -> Nature:
         crashes=rng.choice((0.0, 0.0, 0.05, 0.2)),
         leaks=rng.choice((0.0, 0.0, 0.2)),
         swells=rng.choice((0.0, 0.0, 0.1, 0.5)),
+        frail=rng.choice((0.0, 0.0, 0.05, 0.6)),
     )
 
 

@@ -140,7 +140,7 @@ class Simulation:
     def _feed(self, event: Event) -> None:
         self.num_events += 1
         old, now_s = self.state, self.now_s
-        self.auditor.before(event)
+        self.auditor.before(event, now_s)
         self.state, effects = step(old, event, now_s)
         if self.log:
             _tell(now_s, event, effects, self.state)
@@ -178,6 +178,10 @@ class Simulation:
         if rng.random() < 0.25:  # one model is never idle
             for second in range(0, 100, 5):
                 self._later(second, partial(self._ask, keys[0]))
+        if rng.random() < 0.2:  # one is used and put to sleep again and again
+            for second in range(0, 160, 16):
+                self._later(second, partial(self._ask, keys[-1]))
+                self._later(second + 15, partial(self._operation, keys[-1], 3))
         for _ in range(rng.randint(0, 9)):
             key = rng.choice(keys)
             self._later(rng.uniform(0, length_s), partial(self._wish, key))

@@ -20,6 +20,7 @@ from memory_efficient_gpt_server.errors import (
 )
 from memory_efficient_gpt_server.registry.effects import AbortReason, Effect, RefusalKind, Refuse
 from memory_efficient_gpt_server.registry.events import AdminLoad, Asked, Event, LeaseReleased
+from memory_efficient_gpt_server.registry.load_queue import FailureRule
 from memory_efficient_gpt_server.registry.records import RegistryState
 from memory_efficient_gpt_server.registry.reducer import step
 from memory_efficient_gpt_server.registry.refusals import abort_error, error_for
@@ -183,12 +184,13 @@ async def test_a_failed_load_is_told_to_all_who_wait_with_its_cause() -> None:
 
 
 async def test_a_checkpoint_that_cannot_be_looked_at_is_a_failed_load_until_it_is_repaired() -> None:
-    host = FakeHost()
+    host = FakeHost(failures=FailureRule(first_delay_s=0.01))
     host.broken = {"A"}
     async with host.registry() as registry:
         with pytest.raises(LoadFailedError, match=r"weights\.safetensors is truncated"):
             await leased(registry, "A")
         host.broken = set()
+        await asyncio.sleep(0.02)
         await leased(registry, "A")
 
 

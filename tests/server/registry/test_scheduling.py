@@ -332,3 +332,29 @@ def test_the_measured_context_of_a_sleeper_is_booked() -> None:
     driver.ask(B)
     driver.feed(Slept(A, 4))
     assert driver.state.ledger.held_bytes(A, GPU) == 4
+
+
+def test_who_left_for_another_does_not_take_its_room_however_important_it_is() -> None:
+    driver = Driver()
+    driver.load_idle(A, size(60))
+    driver.patch(A, priority=3)
+    driver.ask(B, size(60))
+    assert driver.only(StartUnload).key == A
+    driver.ask(A, size(60))
+    driver.gone(A)
+    assert driver.only(StartLoad).key == B
+    lease = driver.record(B)
+    driver.feed(Loaded(B, size(60)))
+    assert lease.key == B and driver.states() == {"A": "queued", "B": "ready"}
+
+
+def test_who_left_for_another_comes_first_again_once_nobody_waits_for_that_one() -> None:
+    driver = Driver()
+    driver.load_idle(A, size(60))
+    driver.patch(A, priority=3)
+    left = driver.ask(B, size(60))
+    driver.ask(C, size(60))
+    driver.ask(A, size(60))
+    driver.feed(Left(left, B))
+    driver.gone(A)
+    assert driver.only(StartLoad).key == A

@@ -6,10 +6,13 @@ from collections import Counter
 
 import pytest
 
-from memory_efficient_gpt_server.registry import kv_sharing, scheduling
+from memory_efficient_gpt_server.registry import admin, kv_sharing, reducer, scheduling
 from memory_efficient_gpt_server.registry.draft import Draft
+from memory_efficient_gpt_server.registry.events import AdminLoad
 from memory_efficient_gpt_server.registry.load_queue import LoadQueue
-from memory_efficient_gpt_server.registry.records import VariantRecord
+from memory_efficient_gpt_server.registry.records import RegistryView, VariantRecord
+from memory_efficient_gpt_server.registry.states import State
+from memory_efficient_gpt_server.registry.variants import VariantKey
 from tests.server.registry.simulation import Simulation
 
 RUNS = 300
@@ -78,7 +81,48 @@ def test_a_model_that_is_never_asked_again_for_what_is_beyond_its_limit_is_notic
     assert _noticed("is not asked again")
 
 
-_real_gone = Draft.gone
+def test_a_death_asleep_that_counts_as_a_failed_load_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reducer, "_died", _died_and_struck)
+    assert _noticed("though nothing failed")
+
+
+def test_leases_on_a_model_whose_worker_is_replaced_are_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reducer, "_replaced", lambda draft, record, *, lost: None)
+    assert _noticed("a lease on")
+
+
+def test_a_swap_for_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "loading_order", _order_by_priority)
+    assert _noticed("left for others and comes back before")
+
+
+def test_failures_that_an_administrators_load_wipes_out_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "load", _load_and_forgive)
+    assert _noticed("too soon")
+
+
+_real_gone, _real_died, _real_load = Draft.gone, reducer._died, admin.load
+
+
+def _died_and_struck(draft: Draft, record: VariantRecord, reason: str) -> None:
+    if record.state in (State.SLEEPING, State.ASLEEP, State.WAKING):
+        record = draft.strike(record, reason, fatal=False, served=True)
+    _real_died(draft, record, reason)
+
+
+def _order_by_priority(view: RegistryView, now_s: float) -> list[VariantKey]:
+    patience_s = view.policy.patience_s
+    return view.queue.in_order(now_s, patience_s, lambda key: view.entries[key.model_id].priority)
+
+
+def _load_and_forgive(draft: Draft, event: AdminLoad) -> None:
+    if event.key in draft.records:
+        draft.put(draft.records[event.key], strikes_s=())
+    _real_load(draft, event)
 
 
 def _gone_without_leaks(self: Draft, record: VariantRecord, *, lost: bool) -> None:

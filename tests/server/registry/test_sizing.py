@@ -74,7 +74,20 @@ def test_an_automatic_cache_begins_with_its_share_and_grows_to_what_its_sequence
 def test_it_begins_with_its_soft_limit_but_holds_one_request() -> None:
     assert sized(DEMO, 80_000_000, KvLimits(10_000_000))[0].kv_cache_bytes == 10_000_000
     assert sized(DEMO, 80_000_000, KvLimits(1000))[0].kv_cache_bytes == CONTEXT
-    assert sized(DEMO, 80_000_000, KvLimits(1 << 40))[0].kv_cache_bytes == FULL
+    assert sized(DEMO, 80_000_000, KvLimits(80_000_000))[0].kv_cache_bytes == FULL
+
+
+def test_a_soft_limit_that_the_cache_cannot_come_to_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"kv_soft_limit_bytes of demo is 80,000,001.*80,000,000"):
+        sized(DEMO, 80_000_000, KvLimits(80_000_001))
+    given = EngineConfig(model="demo", device="cpu", num_kv_blocks=200)
+    with pytest.raises(ConfigError, match=r"kv_soft_limit_bytes of demo is 60,000,000.*kv_hard_limit_bytes"):
+        sized(given, 80_000_000, KvLimits(60_000_000))
+
+
+def test_a_hard_limit_that_is_too_small_is_named_itself() -> None:
+    with pytest.raises(ConfigError, match=r"^kv_hard_limit_bytes is 1,000"):
+        sized(DEMO, 80_000_000, KvLimits(hard_bytes=1000))
 
 
 @moves
