@@ -19,19 +19,20 @@ import json
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.gpu_timing import copy_bandwidth, graph_us
+from benchmarks.gpu_timing import copy_bandwidth, graph_us, require_triton
 from benchmarks.machine import accelerator_facts, versions
 from memory_efficient_gpt.attention.context import AttentionOptions, LayerCache, StepContext
 from memory_efficient_gpt.attention.triton import TritonBackend
 from memory_efficient_gpt.kv_cache.geometry import LayerKV
-from memory_efficient_gpt.triton_kernels import attention_launch
-from memory_efficient_gpt.triton_kernels.attention_launch import LaunchSizes
+
+if TYPE_CHECKING:
+    from memory_efficient_gpt.triton_kernels.attention_launch import LaunchSizes
 
 KV_HEADS, GROUP, DIM, BLOCK = 8, 4, 128, 64
 DECODE: Final = [(b, c) for b in (1, 16, 128) for c in (1024, 8192, 65536) if b * c <= 16 * 65536]
@@ -40,15 +41,14 @@ SPLIT_ROWS: Final = (1, 16, 32, 64, 128, 256)
 SPLIT_CONTEXTS: Final = (512, 1024, 2048, 8192, 0)
 """0: lengths of 100 to 2,000, evenly spread."""
 SPLIT_MOST_TOKENS: Final = 256 * 2048
+Sizes = tuple[int, int, int, int]
+"""Of a launch, as LaunchSizes has them."""
 PROMPTS: Final = [(1, 512), (8, 512), (1, 2048), (1, 8192)]
-DECODE_SIZES: Final = [
-    LaunchSizes(16, tile, warps, stages)
-    for tile in (32, 64, 128)
-    for warps in (2, 4, 8)
-    for stages in (2, 3, 4)
+DECODE_SIZES: Final[list[Sizes]] = [
+    (16, tile, warps, stages) for tile in (32, 64, 128) for warps in (2, 4, 8) for stages in (2, 3, 4)
 ]
-PROMPT_SIZES: Final = [
-    LaunchSizes(rows, tile, warps, stages)
+PROMPT_SIZES: Final[list[Sizes]] = [
+    (rows, tile, warps, stages)
     for rows in (64, 128)
     for tile in (32, 64, 128)
     for warps in (4, 8)
@@ -87,6 +87,8 @@ def decode_us(
     batch: int, context: int, dtype: torch.dtype, sizes: LaunchSizes | None = None, *, fixed: bool = False
 ) -> float:
     """One layer's decoding attention; several caches in turn, so that none stays in the L2 cache."""
+    from memory_efficient_gpt.triton_kernels import attention_launch
+
     tokens = batch * context
     copies = max(1, min(8, (1 << 28) // (tokens * 2 * KV_HEADS * DIM)))
     caches = [make_cache(tokens, dtype) for _ in range(copies)]
@@ -105,6 +107,8 @@ def decode_us(
 
 def split_times(rows: int, context: int, dtype: torch.dtype, group: int) -> dict[int, float]:
     """Microseconds of one layer's decoding attention by the least length of splits."""
+    from memory_efficient_gpt.triton_kernels import attention_launch
+
     lens = [context] * rows if context else [100 + 1900 * n // max(1, rows - 1) for n in range(rows)]
     tokens = -(-max(lens) // BLOCK) * BLOCK * rows
     copies = max(1, min(4, (1 << 28) // (tokens * 2 * KV_HEADS * DIM)))
@@ -172,6 +176,8 @@ def prompt_us(
     batch: int, length: int, dtype: torch.dtype, sizes: LaunchSizes | None = None, *, fixed: bool = False
 ) -> float:
     """One layer's attention of whole prompts."""
+    from memory_efficient_gpt.triton_kernels import attention_launch
+
     cache = make_cache(batch * length, dtype)
     step = make_step([length] * batch, [length] * batch, batch * length // BLOCK)
     query = torch.randn((batch * length, KV_HEADS * GROUP, DIM), dtype=torch.bfloat16, device="cuda")
@@ -233,7 +239,7 @@ def measure(save: Callable[[dict[str, Any]], None]) -> None:
 
 def sweep(save: Callable[[dict[str, Any]], None]) -> None:
     """Sizes of launches, best first."""
-    cases: list[tuple[str, Callable[..., float], tuple[Any, ...], list[LaunchSizes]]] = [
+    cases: list[tuple[str, Callable[..., float], tuple[Any, ...], list[Sizes]]] = [
         *[(f"decode {b}x{c}", decode_us, (b, c, torch.bfloat16), DECODE_SIZES)
           for b, c in ((1, 1024), (32, 1024), (128, 1024), (16, 8192))],
         ("decode int8 16x8192", decode_us, (16, 8192, torch.int8), DECODE_SIZES),
@@ -249,10 +255,12 @@ def sweep(save: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _tried(
-    function: Callable[..., float], arguments: tuple[Any, ...], all_sizes: Iterable[LaunchSizes]
+    function: Callable[..., float], arguments: tuple[Any, ...], all_sizes: Iterable[Sizes]
 ) -> list[tuple[float, LaunchSizes]]:
+    from memory_efficient_gpt.triton_kernels.attention_launch import LaunchSizes
+
     times = []
-    for sizes in track(list(all_sizes), "sizes"):
+    for sizes in track([LaunchSizes(*sizes) for sizes in all_sizes], "sizes"):
         try:
             times.append((function(*arguments, sizes), sizes))
         except Exception as error:  # noqa: BLE001  # sizes that do not fit
@@ -271,6 +279,7 @@ def main() -> None:
     parser.add_argument("--deterministic", action="store_true", help="compare with sums in one order")
     parser.add_argument("--commit", default="unknown", help="what is measured, where git can't say")
     arguments = parser.parse_args()
+    require_triton()
 
     def save(results: dict[str, Any]) -> None:
         record = {"machine": accelerator_facts("cuda"), "versions": versions(), "commit": arguments.commit,

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from rich.console import Console
@@ -28,11 +28,13 @@ from transformers import MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from benchmarks.gpu_timing import copy_bandwidth, graph_us
+from benchmarks.gpu_timing import copy_bandwidth, graph_us, require_triton
 from benchmarks.machine import accelerator_facts, versions
 from memory_efficient_gpt.triton_kernels.expert_tiles import ExpertTile, row_class
-from memory_efficient_gpt.triton_kernels.experts import Gate, Stack, routed_mlp
 from memory_efficient_gpt.triton_kernels.packing import OUTPUT_MULTIPLE, SPAN, TritonWeight
+
+if TYPE_CHECKING:
+    from memory_efficient_gpt.triton_kernels.experts import Stack
 
 LAYERS: Final[dict[str, tuple[type, PreTrainedConfig, int]]] = {
     "Mixtral-8x7B": (MixtralExperts, MixtralConfig(hidden_size=4096, intermediate_size=14336), 2),
@@ -66,6 +68,8 @@ def random_weight(experts: int, outputs: int, inputs: int, group: int) -> Triton
 
 def arms_of(module: torch.nn.Module) -> dict[str, tuple[int, Call]]:
     """Bytes of an expert and the call, by arm."""
+    from memory_efficient_gpt.triton_kernels.experts import Stack
+
     merged, down = module.get_parameter("gate_up_proj"), module.get_parameter("down_proj")
     experts = merged.shape[0]
     dense = (merged[0].numel() + down[0].numel()) * merged.element_size()
@@ -86,6 +90,8 @@ def ours(
     tiles: tuple[ExpertTile, ExpertTile] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """By the grouped kernels."""
+    from memory_efficient_gpt.triton_kernels.experts import Gate, routed_mlp
+
     return routed_mlp(x, index, weights, *stacks, Gate(), tiles=tiles)
 
 
@@ -217,6 +223,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480, help="after which a sweep tries no more tiles")
     parser.add_argument("--commit", default="unknown", help="what is measured, where git can't say")
     arguments = parser.parse_args()
+    require_triton()
     bandwidth, records = copy_bandwidth(), list[dict[str, Any]]()
     deadline = time.monotonic() + arguments.seconds
     for name in track(LAYERS, "measuring"):

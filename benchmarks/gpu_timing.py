@@ -10,10 +10,26 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import torch
 
 L2_BYTES = 64 << 20
+
+
+def require_triton() -> None:
+    """Ends the program, saying what is missing, where Triton's kernels can't run; to be called once arguments
+    are parsed. Modules of kernels are imported by the functions that use them, after this."""
+    lacking = [
+        text
+        for text, there in (
+            ("the package triton (torch's wheels for CUDA bring it)", find_spec("triton") is not None),
+            ("a CUDA GPU that torch can use", torch.cuda.is_available()),
+        )
+        if not there
+    ]
+    if lacking:
+        raise SystemExit(f"This measures Triton kernels on a GPU; missing: {', '.join(lacking)}.")
 
 
 def copies_needed(num_bytes: int) -> int:

@@ -22,13 +22,12 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn import functional
 
-from benchmarks.gpu_timing import copies_needed, copy_bandwidth, graph_us
+from benchmarks.gpu_timing import copies_needed, copy_bandwidth, graph_us, require_triton
 from benchmarks.machine import accelerator_facts, versions
 from memory_efficient_gpt.quantization.fp8 import fp8_linear
 from memory_efficient_gpt.quantization.rounding import quantize_weight
 from memory_efficient_gpt.quantization.scheme import parse_scheme
 from memory_efficient_gpt.quantization.triton_weights import pack_for_triton
-from memory_efficient_gpt.triton_kernels.linear import quantized_linear
 
 SHAPES = ((4096, 14336), (14336, 4096), (4096, 4096), (6144, 4096))
 """Outputs and inputs."""
@@ -39,6 +38,8 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 def arms_of(weight: torch.Tensor) -> dict[str, tuple[int, Product]]:
     """Bytes and product of every arm for one bfloat16 weight `[N, K]`; an arm that can't run is left out."""
+    from memory_efficient_gpt.triton_kernels.linear import quantized_linear
+
     arms: dict[str, tuple[int, Product]] = {"bf16": (weight.nbytes, lambda x: functional.linear(x, weight))}
     for name in OURS:
         packed = pack_for_triton(quantize_weight(weight, parse_scheme(name), rounding="nearest"))
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the record to write")
     parser.add_argument("--commit", default="unknown", help="what is measured, where git can't say")
     arguments = parser.parse_args()
+    require_triton()
     bandwidth = copy_bandwidth()
     results: dict[str, Any] = {}
     for outputs, inputs in track(SHAPES, "measuring"):

@@ -18,11 +18,10 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 
-from benchmarks.gpu_timing import graph_us
+from benchmarks.gpu_timing import graph_us, require_triton
 from benchmarks.machine import accelerator_facts, versions
 from memory_efficient_gpt.request import SamplingParams
 from memory_efficient_gpt.sampling import SampleRow, SamplingBatch, sample
-from memory_efficient_gpt.triton_kernels import token_choice
 
 VOCABULARY: Final = 151936
 ROWS: Final = (1, 8, 64, 160, 256)
@@ -46,6 +45,8 @@ def call(logits: torch.Tensor, options: dict[str, Any], *, kernel: bool) -> Call
 
 def measure(rows: int, options: dict[str, Any]) -> dict[str, float | str]:
     """Microseconds of torch's arm and of the kernel's with each size of tiles."""
+    from memory_efficient_gpt.triton_kernels import token_choice
+
     logits = (torch.randn(rows, VOCABULARY, device="cuda") * 3).bfloat16()
     result: dict[str, float | str] = {}
     reference = call(logits, options, kernel=False)
@@ -71,6 +72,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="the record to write")
     arguments = parser.parse_args()
+    require_triton()
     console, results = Console(), {}
     for name, options in FILTERS.items():
         for rows in ROWS:

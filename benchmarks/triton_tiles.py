@@ -25,9 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.nn import functional
 
-from benchmarks.gpu_timing import copies_needed, graph_us
-from memory_efficient_gpt.triton_kernels.layers import TritonKernels
-from memory_efficient_gpt.triton_kernels.linear import dequantize, quantized_linear
+from benchmarks.gpu_timing import copies_needed, graph_us, require_triton
 from memory_efficient_gpt.triton_kernels.packing import Code, TritonWeight, pack
 from memory_efficient_gpt.triton_kernels.tiles import ROW_LIMITS, Tile, group_class
 
@@ -119,6 +117,8 @@ def compile_part(part: int, parts: int) -> None:
 
 def check(weight: TritonWeight, tile: Tile) -> str | None:
     """What is wrong with a tile's results, or None."""
+    from memory_efficient_gpt.triton_kernels.linear import dequantize, quantized_linear
+
     x = torch.randn(tile.rows + 5, weight.num_inputs, dtype=torch.bfloat16, device="cuda")
     want = x.double() @ dequantize(weight, torch.float32).double().t()
     try:
@@ -136,6 +136,8 @@ def measure(
     code: Code, group: int | None, outputs: int, inputs: int, bad: set[Any], advance: Callable[[], object]
 ) -> list[Any]:
     """Entries of one shape: for each number of rows, every tile's time, and the dense product's."""
+    from memory_efficient_gpt.triton_kernels.linear import quantized_linear
+
     one = random_weight(code, group, outputs, inputs)
     copies = [
         one,
@@ -170,6 +172,8 @@ def step_us(calls: Sequence[Callable[[], object]], x: torch.Tensor, replays: int
 
     Products in a row would each begin while the memory is still busy with the one before.
     """
+    from memory_efficient_gpt.triton_kernels.layers import TritonKernels
+
     kernels, weight = TritonKernels(), torch.ones(x.shape[1], dtype=x.dtype, device=x.device)
 
     def small() -> None:
@@ -186,6 +190,8 @@ def step_us(calls: Sequence[Callable[[], object]], x: torch.Tensor, replays: int
 
 def dense_product(x: torch.Tensor, weight: TritonWeight) -> torch.Tensor:
     """The other way: a dense weight for this product only."""
+    from memory_efficient_gpt.triton_kernels.linear import dequantize
+
     return functional.linear(x, dequantize(weight, x.dtype))
 
 
@@ -211,6 +217,7 @@ def main() -> None:
     )
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    require_triton()
     if arguments.part is not None:
         compile_part(arguments.part, arguments.jobs)
         return

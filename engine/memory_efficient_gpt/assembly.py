@@ -47,11 +47,12 @@ from memory_efficient_gpt.quantization.bitsandbytes_linear import bitsandbytes_m
 from memory_efficient_gpt.quantization.layers import find_layers
 from memory_efficient_gpt.quantization.model import (
     give_kernels,
-    main_scheme,
+    present_schemes,
     quantize_model,
     quantized_modules,
     weight_bytes,
 )
+from memory_efficient_gpt.quantization.naming import name_of
 from memory_efficient_gpt.quantization.plans import uniform_plan
 from memory_efficient_gpt.quantization.scheme import Scheme, parse_scheme
 from memory_efficient_gpt.quantization.triton_weights import give_triton_kernels
@@ -137,8 +138,8 @@ def _quantize(
     progress: Callable[[str, float], None],
 ) -> tuple[str, ...]:
     """Quantize as was asked; returns what became of it, for people."""
-    if (present := main_scheme(model)) is not None:
-        if present == scheme:
+    if (present := name_of(present_schemes(model))) is not None:
+        if present == str(scheme):
             return ()
         raise ConfigError(
             [f"{config.model} is quantized already, as {present}; {scheme} was asked for. "
@@ -334,7 +335,6 @@ def _info(
 ) -> EngineInfo:
     """cache: None if transformers owns it."""
     pool, limit = (cache.pool, cache.limit) if cache else (None, None)
-    scheme = main_scheme(model)
     return EngineInfo(
         model=name,
         architecture=type(model).__name__,
@@ -355,7 +355,7 @@ def _info(
         kv_least_bytes=limit.least_bytes if limit else None,
         kv_most_bytes=limit.most_bytes if limit else None,
         attention_backend=backend.name if backend else "transformers",
-        quantization=str(scheme) if scheme is not None else None,
+        quantization=name_of(present_schemes(model)),
         prefix_cache=prefix_cache,
         notes=tuple(note for note in notes if note),
     )

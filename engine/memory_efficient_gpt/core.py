@@ -194,6 +194,13 @@ class Engine:
         self._pending.clear()
         self._runner.rest()
 
+    def retire(self) -> None:
+        """Close, give the KV cache's memory back and forget where weights are: for another engine around the
+        same module."""
+        self.close()
+        self._runner.forget_addresses()
+        self._sleepable.release_pool()
+
     def _check(self, request: Request) -> None:
         vocab_size = self.info.vocab_size
         request.params.validate(vocab_size)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 class EngineInfo:
     """A loaded model. Sizes in bytes; `tier` and `tier_reason` say how it is run and why.
 
-    quantization: scheme of most weights; None if they are stored in `dtype`. prefix_cache: whether prompts
-    that begin alike can share KV blocks. kv_cache_bytes: the KV pool's at the start; kv_block_bytes: of
-    one block. kv_least_bytes, kv_most_bytes: between which it can be moved; None: it keeps its size.
-    kv_granule_bytes: by about how much it moves at least.
+    quantization: scheme of the weights, or "mixed (...)" with all of them; None if they are stored in
+    `dtype`. prefix_cache: whether prompts that begin alike can share KV blocks. kv_cache_bytes: the KV
+    pool's at the start; kv_block_bytes: of one block. kv_least_bytes, kv_most_bytes: between which it can be
+    moved; None: it keeps its size. kv_granule_bytes: by about how much it moves at least.
     """
 
     model: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,13 +32,13 @@ from memory_efficient_gpt.quantization import bitsandbytes
 from memory_efficient_gpt.quantization.layers import find_layers
 from memory_efficient_gpt.quantization.model import (
     QuantizationReport,
-    main_scheme,
+    present_schemes,
     quantize_model,
     report_of,
 )
 from memory_efficient_gpt.quantization.plans import uniform_plan
-from memory_efficient_gpt.quantization.rounding import Rounding, rounding_of
-from memory_efficient_gpt.quantization.scheme import INT4, INT8, UNQUANTIZED, Scheme, parse_scheme
+from memory_efficient_gpt.quantization.scheme import INT4, Scheme
+from memory_efficient_gpt.quantization.wishes import Wish
 from memory_efficient_gpt.tokenizer import Tokenizer
 from memory_efficient_gpt.weight_memory import apart
 
@@ -49,57 +49,14 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 
-_BY_BITS: Final = {4: INT4, 8: INT8, 16: UNQUANTIZED}
+_INSTEAD: Final = {
+    "quantization": "Say bits=4, or scheme='int4' and the like.",
+    "bits_per_weight": "`megpt quantize MODEL --bits-per-weight BITS --out FOLDER` measures which layers "
+    "need more bits and writes a folder, which from_pretrained(FOLDER) loads; rules={'*.down_proj': 'int8'} "
+    "sets layers apart without measuring.",
+}
 _OWN_FIELDS: Final = ("model", "quantization", "dtype", "device")
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """How weights shall be stored. scheme None: as a quantized checkpoint has them, else a default.
-
-    exact: whether `scheme` was named; else any scheme of as many bits will do.
-    """
-
-    scheme: Scheme | None = None
-    exact: bool = False
-    rounding: Rounding = "search"
-    rules: Mapping[str, Scheme] = field(default_factory=dict)
-
-    def fits(self, present: Scheme) -> bool:
-        """Whether weights stored as `present` are what is wished for."""
-        if self.scheme is None:
-            return True
-        return present == self.scheme if self.exact else present.bits == self.scheme.bits
-
-
-def wish(
-    bits: int | None, scheme: str | None, rounding: Rounding, rules: Mapping[str, str | Scheme] | None
-) -> Wish:
-    """Check what a user wrote. Raises ConfigError with every problem."""
-    problems: list[str] = []
-    found: Scheme | None = None
-    parsed: dict[str, Scheme] = {}
-    if bits is not None and scheme is not None:
-        problems.append(f"bits {bits} and scheme {scheme!r} both say how weights are stored; give one.")
-    if bits is not None and (isinstance(bits, bool) or bits not in _BY_BITS):
-        problems.append(f"bits must be 4, 8 or 16 (not quantized), got {bits!r}.")
-    try:
-        found = parse_scheme(scheme) if scheme is not None else _BY_BITS.get(bits or 0)
-    except ConfigError as error:
-        problems += error.problems
-    for pattern, rule in (rules or {}).items():
-        try:
-            parsed[pattern] = parse_scheme(rule) if isinstance(rule, str) else rule
-        except ConfigError as error:
-            problems += [f"rules[{pattern!r}]: {problem}" for problem in error.problems]
-    try:
-        rounding_of(INT4, rounding)
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return Wish(found, scheme is not None, rounding, parsed)
 
 
 def engine_config(
@@ -109,10 +66,10 @@ def engine_config(
     allowed = [f.name for f in fields(EngineConfig) if f.name not in _OWN_FIELDS]
     unknown = [name for name in options if name not in allowed]
     if unknown:
+        others = f"Options of its engine: {', '.join(allowed)}."
         raise ConfigError(
-            [f"{name!r} is no option of a QuantizedModel. Options of its engine: {', '.join(allowed)}."
-             for name in unknown]
-        )  # fmt: skip
+            [f"{name!r} is no option of a QuantizedModel. {_INSTEAD.get(name, others)}" for name in unknown]
+        )
     named: Any = str(dtype).removeprefix("torch.")
     return EngineConfig(model=model, dtype=named, device=str(device), **options)
 
@@ -166,17 +123,12 @@ def quantize(
     device: where the model is to be, if it is not there yet.
     Raises ConfigError if they are quantized otherwise already.
     """
-    present = main_scheme(model)
-    if present is not None or getattr(model, "is_quantized", False):
-        if present is None and (wanted.scheme is not None or wanted.rules):
-            raise ConfigError([f"{config.model} is quantized already, in a format that is kept as it is."])
-        if present is not None and (not wanted.fits(present) or wanted.rules):
-            raise ConfigError(
-                [f"{config.model} is quantized already, as {present}; {wanted.scheme or 'other rules'} was "
-                 "asked for. Leave bits, scheme and rules out, or give the checkpoint it was made from."]
-            )  # fmt: skip
+    present = present_schemes(model)
+    if present or getattr(model, "is_quantized", False):
+        wanted.require_present(present, config.model)
         return report_of(model)
     scheme = wanted.scheme or default
+    wanted.require_use_of_rounding(scheme)
     if scheme.kind == "none" and not wanted.rules:
         return report_of(model)
     layers = find_layers(model)

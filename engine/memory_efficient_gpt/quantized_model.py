@@ -24,17 +24,20 @@ from memory_efficient_gpt.attention.flash import use_flash
 from memory_efficient_gpt.choice import Choice
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.engine_info import EngineInfo
-from memory_efficient_gpt.errors import ConfigError, InvalidRequestError
+from memory_efficient_gpt.errors import InvalidRequestError
 from memory_efficient_gpt.fusion.apply import fuse
 from memory_efficient_gpt.generation_options import GenerationOptions
 from memory_efficient_gpt.id_batches import appended, check_ids, padding_mask, without_padding
 from memory_efficient_gpt.lent_module import LentModule
 from memory_efficient_gpt.progress import load_bar
 from memory_efficient_gpt.quantization.checkpoint import save_quantized
-from memory_efficient_gpt.quantization.model import QuantizationReport, main_scheme
+from memory_efficient_gpt.quantization.folders import written_whole
+from memory_efficient_gpt.quantization.model import QuantizationReport, present_schemes
+from memory_efficient_gpt.quantization.own_saving import save_as_stored
 from memory_efficient_gpt.quantization.rounding import Rounding
 from memory_efficient_gpt.quantization.scheme import UNQUANTIZED, Scheme
-from memory_efficient_gpt.quantized_loading import engine_config, load, load_tokenizer, quantize, wish
+from memory_efficient_gpt.quantization.wishes import wish
+from memory_efficient_gpt.quantized_loading import engine_config, load, load_tokenizer, quantize
 from memory_efficient_gpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -62,8 +65,9 @@ class QuantizedModel:
     ) -> None:
         self.model = model
         self.report = report
+        save_as_stored(model)
         self._lent = LentModule(model, tokenizer, config, folder)
-        if main_scheme(model) is not None and cpu_kernels(config, model.device) is not None:
+        if present_schemes(model) and cpu_kernels(config, model.device) is not None:
             fuse(model)  # at once, so that calls give the same before and after the paged cache is asked for
 
     @classmethod
@@ -133,7 +137,8 @@ class QuantizedModel:
 
     @property
     def info(self) -> EngineInfo:
-        """How `generate` runs the model."""
+        """How `generate` runs the model. Raises what building an engine raises, if the module was changed."""
+        self._lent.follow_changes()
         return self._lent.info
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -191,20 +196,18 @@ class QuantizedModel:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write weights as they are stored, config and tokenizer; `from_pretrained(folder)` loads them back.
 
-        Raises ConfigError if the folder holds something already.
+        Raises ConfigError if the folder is a file or holds something already, MegptError if it can't be
+        written.
         """
         target, source, model = Path(folder), self._lent.folder, cast(Any, self.model)
-        if target.exists() and any(target.iterdir()):
-            raise ConfigError([f"{target} is not empty. Give a new folder, or empty it."])
         model.config.dtype = model.dtype
-        if main_scheme(model) is None:
-            model.save_pretrained(target)
-        else:
-            save_quantized(model, target, source=source)
-            if source is None and model.generation_config is not None:
-                model.generation_config.save_pretrained(target)
-        if self.tokenizer is not None and (source is None or main_scheme(model) is None):
-            self.tokenizer.save_pretrained(target)
+        if not present_schemes(model):
+            with written_whole(target) as place:
+                for part in filter(None, (model, self.tokenizer)):
+                    part.save_pretrained(place)
+            return
+        companions = () if source is not None else filter(None, (model.generation_config, self.tokenizer))
+        save_quantized(model, target, source=source, companions=tuple(companions))
 
     def _continue_ids(
         self, ids: torch.Tensor, mask: torch.Tensor | None, options: GenerationOptions
@@ -212,11 +215,11 @@ class QuantizedModel:
         check_ids(ids, mask)
         pad = self._pad_token_id()
         if mask is None:
-            mask = padding_mask(ids, pad, self.info.eos_token_ids)
+            mask = padding_mask(ids, pad, self._lent.info.eos_token_ids)
         completions = self._complete(without_padding(ids, mask), options)
         choices = [completion.choices[0] for completion in completions]
         new = [[*c.token_ids, *([c.stop] if isinstance(c.stop, int) else [])] for c in choices]
-        return appended(ids, new, pad if pad is not None else next(iter(self.info.eos_token_ids), 0))
+        return appended(ids, new, pad if pad is not None else next(iter(self._lent.info.eos_token_ids), 0))
 
     def _complete(self, prompts: list[list[int]], options: GenerationOptions) -> list[Completion]:
         if not all(prompts):

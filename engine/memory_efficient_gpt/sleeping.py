@@ -66,7 +66,7 @@ class SleepableModel:
             self._dropped = drop_mapped_pages(self._weights())
         else:
             self._parked = ParkedStorages(self._storages())
-        kv_bytes = self._release_pool()
+        kv_bytes = self.release_pool()
         self.report = SleepReport(
             parked_bytes=self._parked.num_bytes if self._parked is not None else 0,
             pinned=self._parked is not None and self._parked.pinned,
@@ -91,7 +91,7 @@ class SleepableModel:
             self._pool.restore()
         self.report = None
 
-    def _release_pool(self) -> int:
+    def release_pool(self) -> int:
         """Give back all that the KV pool could have in memory; its bytes."""
         if self._pool is None:
             return 0

@@ -77,8 +77,9 @@ class Tokenizer:
                     folder, local_files_only=True, trust_remote_code=False
                 )
             except Exception as error:  # the tokenizers library raises bare Exception
+                first_line = next(iter(str(error).strip().splitlines()), "no reason given").rstrip(" .:")
                 raise CheckpointError(
-                    f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error!s:.300}). "
+                    f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {first_line}). "
                     "It needs tokenizer.json and tokenizer_config.json."
                 ) from error
         return cls(tokenizer, read_eos_token_ids(folder))

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from memory_efficient_gpt.api import LLM
 from memory_efficient_gpt.attention import use_flash_attention_if_available
+from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.errors import (
     ConfigError,
     InvalidRequestError,
@@ -16,7 +18,10 @@ from memory_efficient_gpt.errors import (
     ModelNotFoundError,
 )
 from memory_efficient_gpt.kv_cache import use_paged_kv_cache_if_available
+from memory_efficient_gpt.loading import load_config, load_model, resolve_model
+from memory_efficient_gpt.memory import estimate
 from memory_efficient_gpt.quantization import QuantizedModel
+from memory_efficient_gpt.quantization.checkpoint import save_quantized
 from tests.engine.architectures.configs import CASES
 
 PROMPTS = ["Hello, I am a language model.", "It was a dark night when", "“Who is there?” cried the old"]
@@ -29,13 +34,32 @@ POOL: dict[str, Any] = dict(num_kv_blocks=200, progress=False)
     [
         ({"bits": 3}, r"bits must be 4, 8 or 16 \(not quantized\), got 3"),
         ({"bits": True}, "bits must be 4, 8 or 16"),
+        ({"bits": [4]}, r"bits must be 4, 8 or 16 \(not quantized\), got \[4\]"),
+        ({"scheme": 4}, "scheme must be the name of a scheme, such as 'int4-g128', got 4"),
+        ({"rules": {"*.down_proj": 8}}, r"rules\['\*.down_proj'\] must be the name of a scheme, .*got 8"),
+        ({"rules": ["*.down_proj=int8"]}, r"rules must map patterns .*got \['\*.down_proj=int8'\]"),
+        ({"rules": {4: "int8"}}, "rules must map patterns"),
+        ({"rounding": ["up"]}, "rounding .* is unknown"),
+        (
+            {"bits": 4, "rounding": "hqq"},
+            "hqq finds zero points, and int4 has none. Use search",
+        ),
+        ({"rounding": "hqq"}, "hqq finds zero points, and int4 has none"),
+        (
+            {"bits": 16, "rounding": "nearest"},
+            "rounding 'nearest' is for weights that are quantized",
+        ),
         ({"bits": 4, "scheme": "int8"}, "bits 4 and scheme 'int8' both"),
         ({"scheme": "int5"}, "'int5' is unknown"),
         ({"rounding": "up"}, "rounding 'up' is unknown"),
         ({"rules": {"*.down_proj": "int5"}}, r"rules\['\*.down_proj'\]: .*'int5' is unknown"),
         ({"rules": {"*.nothing": "int8"}}, r"'\*.nothing' matches no layer"),
         ({"kv_blocks": 4}, "'kv_blocks' is no option of a QuantizedModel. Options .*num_kv_blocks"),
-        ({"quantization": "int4"}, "'quantization' is no option"),
+        (
+            {"quantization": "int4"},
+            r"'quantization' is no option of a QuantizedModel\. Say bits=4, or scheme=",
+        ),
+        ({"bits_per_weight": 4.8}, "'bits_per_weight' is no option .*megpt quantize MODEL --bits-per-weight"),
         ({"dtype": "float8"}, "dtype must be auto, float32, bfloat16, float16, got 'float8'"),
         ({"max_model_len": 9999}, "max_model_len is 9,999; this model's limit is 2,048"),
     ],
@@ -63,8 +87,47 @@ def test_what_is_quantized_already_is_not_quantized_again(tmp_path: Path) -> Non
         QuantizedModel.from_pretrained(tmp_path / "int8", bits=4, **POOL)
     with pytest.raises(ConfigError, match="is quantized already, as int8; other rules was asked for"):
         QuantizedModel.from_pretrained(tmp_path / "int8", rules={"*": "int4"}, **POOL)
+    with pytest.raises(ConfigError, match="is quantized already, so that rounding 'hqq' has nothing"):
+        QuantizedModel.from_pretrained(tmp_path / "int8", bits=8, rounding="hqq", **POOL)
     with pytest.raises(ConfigError, match="is not empty"):
         QuantizedModel.from_pretrained(tmp_path / "int8", **POOL).save_pretrained(tmp_path / "int8")
+
+
+def test_a_mix_is_not_taken_for_one_of_its_schemes(tmp_path: Path) -> None:
+    rules = {"*.down_proj": "int8"}
+    mixed = QuantizedModel.from_pretrained("demo-draft", bits=4, rules=rules, **POOL)
+    assert ", mixed (int4, int8), " in repr(mixed)
+    mixed.save_pretrained(tmp_path / "mixed")
+    assert (
+        QuantizedModel.from_pretrained(tmp_path / "mixed", **POOL).info.quantization == "mixed (int4, int8)"
+    )
+    for options in ({"scheme": "int4"}, {"bits": 4}):
+        with pytest.raises(ConfigError, match=r"already, as mixed \(int4, int8\); int4 was asked for"):
+            QuantizedModel.from_pretrained(tmp_path / "mixed", **options, **POOL)
+    with pytest.raises(ConfigError, match=r"already, as mixed \(int4, int8\); int4 was asked for"):
+        LLM(tmp_path / "mixed", quantization="int4", num_kv_blocks=20, progress=False)
+    with pytest.raises(ConfigError, match=r"already, as mixed \(int4, int8\); int4 was asked for"):
+        estimate(EngineConfig(model=str(tmp_path / "mixed"), quantization="int4", num_kv_blocks=20))
+    found = estimate(EngineConfig(model=str(tmp_path / "mixed"), num_kv_blocks=20))
+    assert found.quantization == "mixed (int4, int8)"
+
+
+def test_several_schemes_of_as_many_bits_are_those_bits(tmp_path: Path) -> None:
+    rules = {"*.down_proj": "int4-g128"}
+    QuantizedModel.from_pretrained("demo-draft", bits=4, rules=rules, **POOL).save_pretrained(
+        tmp_path / "mixed"
+    )
+    model = QuantizedModel.from_pretrained(tmp_path / "mixed", bits=4, **POOL)
+    assert model.info.quantization == "mixed (int4, int4-g128)"
+
+
+def test_a_folder_of_which_nothing_is_quantized_is_an_ordinary_one(tmp_path: Path) -> None:
+    config = load_config(resolve_model("demo-draft"))
+    model = load_model(resolve_model("demo-draft"), config, dtype=torch.bfloat16, device=torch.device("cpu"))
+    save_quantized(model, tmp_path / "plain", source=resolve_model("demo-draft"))
+    assert "quantization_config" not in (tmp_path / "plain" / "config.json").read_text()
+    assert QuantizedModel.from_pretrained(tmp_path / "plain", **POOL).info.quantization == "int4"
+    assert estimate(EngineConfig(model=str(tmp_path / "plain"), quantization="int8")).quantization == "int8"
 
 
 def test_no_model_at_all_is_refused() -> None:

@@ -254,6 +254,13 @@ def test_damaged_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text('{"version": ')
     with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
         Tokenizer.load(folder)
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"It needs tokenizer\.json and tokenizer_config\.json"
+    ) as missing:
+        Tokenizer.load(folder)
+    assert "\n" not in str(missing.value), "one sentence, whatever transformers says"
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json is not readable"):
         read_eos_token_ids(folder)

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from memory_efficient_gpt.api import LLM
 from memory_efficient_gpt.loading import load_config, load_model, resolve_model
 from memory_efficient_gpt.quantization.calibration import split_text
-from memory_efficient_gpt.quantization.sensitivity import Reference
+from memory_efficient_gpt.quantization.sensitivity import MEASURED_TOKENS, Reference
 from memory_efficient_gpt.tokenizer import Tokenizer
 from memory_efficient_gpt_server.cli import main
 from memory_efficient_gpt_server.commands import quantize_steps
@@ -139,27 +140,64 @@ def test_rules_and_rounding_reach_the_weights(quantize: Quantize, tmp_path: Path
     assert schemes["model.layers.1.mlp.up_proj"] == "int4-g128"
 
 
+def test_the_folder_is_told_without_detours(quantize: Quantize, tmp_path: Path) -> None:
+    (tmp_path / "some").mkdir()
+    done = quantize("--scheme", "int8", "--out", str(tmp_path / "some" / ".." / "out"))
+    assert done.out.endswith(f"serve it: megpt serve --model {tmp_path.resolve() / 'out'}\n")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a file system that takes no folders")
+def test_where_no_folder_can_be_made_is_told_before_anything_is_loaded(
+    quantize: Quantize, unloadable: None
+) -> None:
+    done = quantize("--scheme", "int8", "--out", "/proc/megpt")
+    assert done.code == 2 and "--out /proc/megpt cannot be made: /proc is not a folder that" in done.err
+
+
 def test_an_empty_folder_may_be_given(quantize: Quantize, tmp_path: Path) -> None:
     assert quantize("--scheme", "int8", "--out", str(tmp_path)).code == 0
     assert (tmp_path / "config.json").is_file()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=str)
-def test_what_ends_writing_leaves_no_folder(
-    quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["interrupted", "by the system", "by safetensors"],
+)
+@pytest.mark.parametrize("present", [False, True], ids=["new", "an empty folder"])
+def test_what_ends_writing_leaves_nothing(
+    quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, present: bool
 ) -> None:
-    def half(model: Any, folder: Path, *, source: Path) -> None:
-        folder.mkdir(parents=True)
-        (folder / "model.safetensors").write_bytes(b"half")
-        assert folder.parent == tmp_path, "beside it, so that renaming is all that is left"
+    out = tmp_path / "out"
+    if present:
+        out.mkdir()
+
+    def half(_: Any, file: Path, metadata: Any) -> None:
+        file.write_bytes(b"half")
+        assert file.parent.parent == (out.parent if not present else tmp_path)
         raise error
 
-    monkeypatch.setattr(quantize_steps, "save_quantized", half)
-    done = quantize("--scheme", "int8", "--out", str(tmp_path / "out"))
+    monkeypatch.setattr("safetensors.torch.save_file", half)
+    done = quantize("--scheme", "int8", "--out", str(out))
     assert done.code == (130 if isinstance(error, KeyboardInterrupt) else 1)
-    assert list(tmp_path.iterdir()) == []
-    if isinstance(error, OSError):
-        assert done.err == f"megpt: {tmp_path / 'out'} cannot be written: No space left on device.\n"
+    assert list(tmp_path.rglob("*")) == ([out] if present else [])
+    if not isinstance(error, KeyboardInterrupt):
+        assert done.err == (
+            f"megpt: {out} cannot be written: No space left on device. Nothing was left there.\n"
+        )
+
+
+def test_how_much_of_a_text_is_compared_is_told(quantize: Quantize, tmp_path: Path) -> None:
+    words = ("--scheme", "int8", "--calibrate-tokens", "2048", "--seed", "3")
+    done = quantize(*words, "--out", str(tmp_path / "out"))
+    assert "measured on 1,024 of 2,048 tokens of a text the model wrote" in done.out
+    done = quantize(*words[:3], "64", "--out", str(tmp_path / "other"))
+    assert "measured on 64 tokens of a text the model wrote" in done.out
+    assert str(MEASURED_TOKENS) == "1024", "as --help says"
 
 
 # ---- plans
@@ -261,6 +299,10 @@ def test_a_table_fits_its_terminal(quantize: Quantize, monkeypatch: pytest.Monke
         (("--bits-per-weight", "nan"), "takes from 4.128 to 8.117"),
         (("--bits-per-weight", "4.2", "--rule", "*.down_proj=int8"), "int8 and the rules this model takes"),
         (("--bits-per-weight", "5", "--mix", "int8"), "--bits-per-weight is 5; with int8 this"),
+        (("--scheme", "int4", "--rule", "a=int4", "--rule", "a=int8"), "pattern 'a' has two rules, int4 and"),
+        (("--scheme", "int4", "--plan"), "--plan writes nothing, so that --out"),
+        (("--scheme", "int4", "--seed", "5"), "--seed is of the text that the model writes itself, and none"),
+        (("--scheme", "int4", "--seed", "5", "--calibration", __file__), "--seed is of the text that the"),
         (("--scheme", "int4", "--calibrate-tokens", "5"), "--calibrate-tokens is 5; at least 64"),
         (("--scheme", "int4", "--calibration", "no-such-file"), "--calibration no-such-file cannot be read"),
     ],

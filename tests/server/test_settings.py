@@ -56,6 +56,11 @@ def test_every_problem_of_every_source_is_told_at_once(tmp_path: Path) -> None:
         assert part in told, part
 
 
+def test_a_problem_ends_with_one_full_stop() -> None:
+    told = problems_of({"models": [{"model": "demo", "quantization": "int5"}]}, {})
+    assert told.endswith("bnb-int8."), told
+
+
 def test_settings_are_checked_together_though_some_are_wrong_alone(tmp_path: Path) -> None:
     (tmp_path / "bad name").mkdir()
     (tmp_path / "bad name" / "config.json").write_text("{}")

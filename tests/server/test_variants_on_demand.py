@@ -14,7 +14,7 @@ import pytest
 
 from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.errors import ConfigError
-from memory_efficient_gpt.quantization.checkpoint import METHOD
+from memory_efficient_gpt.quantization.description import METHOD
 from memory_efficient_gpt_server.hosting import build_catalog
 from memory_efficient_gpt_server.models import ModelCatalog
 from memory_efficient_gpt_server.registry.sizing import sized

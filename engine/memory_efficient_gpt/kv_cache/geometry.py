@@ -76,8 +76,8 @@ def probe_geometry(config: PreTrainedConfig) -> list[LayerKV]:
         raise
     except Exception as error:  # any model code may run here; any failure means the same
         raise UnsupportedModelError(
-            f"{_name(config)} cannot run with paged attention: its forward pass failed with "
-            f"{type(error).__name__}: {error}"
+            f"{_name(config)} cannot be probed for the paged KV cache: its code failed, in bfloat16 and "
+            f"without data, with {type(error).__name__}: {error}"
         ) from error
     finally:
         _calls.reset(token)

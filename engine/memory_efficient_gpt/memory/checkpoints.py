@@ -14,15 +14,15 @@ from typing import Any, Final
 
 import torch
 
-from memory_efficient_gpt.errors import CheckpointError
 from memory_efficient_gpt.memory.weights import Architecture
 from memory_efficient_gpt.quantization import bitsandbytes
-from memory_efficient_gpt.quantization.checkpoint import METHOD, VERSION, prepare_empty
+from memory_efficient_gpt.quantization.checkpoint import prepare_empty
+from memory_efficient_gpt.quantization.description import METHOD, read_description
 from memory_efficient_gpt.quantization.foreign import format_of
 from memory_efficient_gpt.quantization.foreign.conversion import find_quantized
 from memory_efficient_gpt.quantization.foreign.placement import ModelNames
 from memory_efficient_gpt.quantization.foreign.tensor_files import LayerTensors, TensorFiles
-from memory_efficient_gpt.quantization.scheme import FP8, Scheme, parse_scheme
+from memory_efficient_gpt.quantization.scheme import FP8, Scheme
 
 _BITS: Final = {
     "I64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "I8": 8, "U8": 8,
@@ -60,9 +60,7 @@ def stored_plan(
 def check_own_description(settings: Mapping[str, Any], architecture: Architecture) -> None:
     """Raises CheckpointError for a folder of ours that does not fit. Quantizes `architecture.model`."""
     if settings.get("quant_method") == METHOD:
-        modules, shared = settings.get("modules", {}), settings.get("shared", {})
-        version, reordered = settings.get("version", VERSION), settings.get("reordered", ())
-        prepare_empty(architecture.model, modules, shared, version, reordered)
+        prepare_empty(architecture.model, settings)
 
 
 def title_of(settings: Mapping[str, Any]) -> str:
@@ -91,14 +89,9 @@ def header_bytes(files: Sequence[Path], dtype: torch.dtype) -> int:
 
 
 def _own_plan(settings: Mapping[str, Any], architecture: Architecture) -> dict[str, Scheme]:
-    modules = settings.get("modules")
-    if not isinstance(modules, dict):
-        raise CheckpointError("quantization_config in config.json has no table of modules. Save it again.")
+    modules = read_description(settings, str(architecture.model.config.name_or_path)).modules
     return {
-        layer.name: parse_scheme(str(modules[name]), stored=True)
-        for layer in architecture.layers
-        for name in layer.names
-        if name in modules
+        layer.name: modules[name] for layer in architecture.layers for name in layer.names if name in modules
     }
 
 

@@ -26,7 +26,7 @@ from memory_efficient_gpt.memory.shape_check import check_shapes
 from memory_efficient_gpt.memory.weights import (
     Architecture,
     Layout,
-    main_scheme,
+    name_of_plan,
     peak_while_quantizing,
     quantized_bytes,
 )
@@ -103,10 +103,10 @@ def _from_float(
             f"quantized while loading, which takes {peak / 1e9:.2f} GB for a moment; "
             "a folder that `megpt quantize` wrote does not",
         )
-    main = main_scheme(architecture.layers, plan)
+    name = name_of_plan(architecture.layers, plan)
     if any(layer.role == "experts" and plan[layer.name].kind != "none" for layer in architecture.layers):
         index_experts_one_by_one(architecture.model)
-    return WeightFigures(num_bytes, peak, num_bytes, str(main) if main is not None else None, notes)
+    return WeightFigures(num_bytes, peak, num_bytes, name, notes)
 
 
 def _from_quantized(
@@ -130,11 +130,11 @@ def _from_quantized(
         _refuse_another(config, title)
         size = header_bytes(files, architecture.dtype)
         return WeightFigures(size, size, size, title)
-    main = main_scheme(architecture.layers, plan)
-    _refuse_another(config, str(main))
+    name = name_of_plan(architecture.layers, plan)
+    _refuse_another(config, name or "bf16")
     size = quantized_bytes(architecture, plan, layout, pack_experts=packed)
     check_own_description(settings, architecture)
-    return WeightFigures(size, size, size, str(main) if main is not None else None)
+    return WeightFigures(size, size, size, name)
 
 
 def _refuse_another(config: EngineConfig, present: str) -> None:

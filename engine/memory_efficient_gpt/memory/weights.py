@@ -25,6 +25,7 @@ from memory_efficient_gpt.native.layers import NativeExperts
 from memory_efficient_gpt.native.packed_weight import BLOCK, pack
 from memory_efficient_gpt.quantization.checkpoint import empty_weight
 from memory_efficient_gpt.quantization.layers import Layer, find_layers
+from memory_efficient_gpt.quantization.naming import inner_schemes, name_of
 from memory_efficient_gpt.quantization.rounding import PART_ELEMENTS
 from memory_efficient_gpt.quantization.scheme import UNQUANTIZED, Scheme
 from memory_efficient_gpt.quantization.triton_weights import code_of
@@ -111,8 +112,8 @@ def peak_while_quantizing(architecture: Architecture, plan: Mapping[str, Scheme]
     return num_bytes + floats + _SEARCH_BYTES * min(largest, PART_ELEMENTS)
 
 
-def main_scheme(layers: Sequence[Layer], plan: Mapping[str, Scheme]) -> Scheme | None:
-    """The scheme of most weights, embedding and head counted only where nothing else is quantized."""
+def name_of_plan(layers: Sequence[Layer], plan: Mapping[str, Scheme]) -> str | None:
+    """What people will call its storage; embedding and head count only where nothing else is quantized."""
     inner, total = Counter[Scheme](), Counter[Scheme]()
     for layer in layers:
         scheme = plan.get(layer.name, UNQUANTIZED)
@@ -121,7 +122,7 @@ def main_scheme(layers: Sequence[Layer], plan: Mapping[str, Scheme]) -> Scheme |
         size = layer.shape[0] * layer.shape[1]
         total[scheme] += size
         inner[scheme] += size * (layer.role not in ("embedding", "head"))
-    return max(total, key=lambda scheme: (inner[scheme], total[scheme]), default=None)
+    return name_of(inner_schemes(inner, total))
 
 
 def _kept_wide(model: nn.Module, dtype: torch.dtype) -> re.Pattern[str] | None:

@@ -28,43 +28,58 @@ from torch import nn
 
 from memory_efficient_gpt.errors import CheckpointError, ConfigError
 from memory_efficient_gpt.quantization.bitsandbytes_linear import bitsandbytes_modules
+from memory_efficient_gpt.quantization.description import METHOD, VERSION, read_description
+from memory_efficient_gpt.quantization.folders import written_whole
 from memory_efficient_gpt.quantization.layers import find_layers
 from memory_efficient_gpt.quantization.model import index_experts_one_by_one, put_weight
 from memory_efficient_gpt.quantization.modules import QuantizedModule
 from memory_efficient_gpt.quantization.reordered import ReorderedLinear, hold_reordered
-from memory_efficient_gpt.quantization.scheme import Scheme, parse_scheme
+from memory_efficient_gpt.quantization.scheme import Scheme
 from memory_efficient_gpt.quantization.storage import QuantizedWeight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-METHOD: Final = "megpt"
-VERSION: Final = 1
 MAX_SHARD_SIZE: Final = "4GB"
+NOT_SAVED_BY_BITSANDBYTES: Final = (
+    "weights in bitsandbytes' formats are made when a model is loaded and can't be saved by this library. "
+    "Load the float checkpoint as int4 or int8 and save that; for bitsandbytes' own format load and save it "
+    "with transformers alone (AutoModelForCausalLM with a BitsAndBytesConfig)."
+)
 _COPIED: Final = ("*.json", "*.jinja", "*.model", "*.txt")
 _NOT_COPIED: Final = ("config.json", "model.safetensors.index.json")
 
 
-def save_quantized(model: PreTrainedModel, folder: Path, *, source: Path | None = None) -> list[Path]:
+def save_quantized(
+    model: PreTrainedModel, folder: Path, *, source: Path | None = None, companions: Sequence[Any] = ()
+) -> list[Path]:
     """Write `model` (quantized in place) as a folder; returns the weight files.
 
-    source: a folder whose tokenizer, chat template and generation config are copied.
-    Raises ConfigError if the folder holds something already.
+    source: a folder whose tokenizer, chat template and generation config are copied. companions: what
+    else has a `save_pretrained`, such as a tokenizer.
+    Raises ConfigError if the folder holds something already, MegptError if it can't be written; nothing is
+    left of it then.
     """
+    if bitsandbytes_modules(model):
+        raise ConfigError([NOT_SAVED_BY_BITSANDBYTES])
+    with written_whole(folder) as partial:
+        _write_weights(model, partial)
+        for pattern in _COPIED if source is not None else ():
+            for file in cast(Path, source).glob(pattern):
+                if file.name not in _NOT_COPIED:
+                    shutil.copyfile(file, partial / file.name)
+        for companion in companions:
+            companion.save_pretrained(partial)
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _write_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Weight files, their index, config.json."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    if bitsandbytes_modules(model):
-        raise ConfigError(
-            ["weights in bitsandbytes' formats are made when a model is loaded, not saved by this library. "
-             "Save the model as int4 or int8, or use transformers' save_pretrained."]
-        )  # fmt: skip
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError([f"{folder} is not empty. Give a new folder, or empty it."])
-    folder.mkdir(parents=True, exist_ok=True)
     description = describe(model)
-    tensors = {n: t for n, t in model.state_dict().items() if not _is_shared(n, description["shared"])}
-    tensors = _without_ties(model, tensors)
+    tensors = _without_ties(model, stored_tensors(model, description))
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
     for name, names in split.filename_to_tensors.items():
         save_file({n: tensors[n].contiguous() for n in names}, folder / name, metadata={"format": "pt"})
@@ -72,15 +87,17 @@ def save_quantized(model: PreTrainedModel, folder: Path, *, source: Path | None 
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     config = model.config.to_dict()
-    config["quantization_config"] = description
+    config.pop("quantization_config", None)
+    if description["modules"]:  # else it is an ordinary checkpoint
+        config["quantization_config"] = description
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
     for name in split.filename_to_tensors:  # safetensors lets nobody else read what it writes
         shutil.copymode(folder / "config.json", folder / name)
-    for pattern in _COPIED if source is not None else ():
-        for file in cast(Path, source).glob(pattern):
-            if file.name not in _NOT_COPIED:
-                shutil.copyfile(file, folder / file.name)
-    return sorted(folder.glob("*.safetensors"))
+
+
+def stored_tensors(model: nn.Module, description: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The state dict of a model quantized in place, a weight that modules share once."""
+    return {n: t for n, t in model.state_dict().items() if not _is_shared(n, description["shared"])}
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -116,15 +133,16 @@ def register_format() -> None:
 
         def __init__(
             self,
-            modules: Mapping[str, str],
-            shared: Mapping[str, str] | None = None,
-            version: int = VERSION,
-            reordered: Sequence[str] = (),
+            modules: object = None,
+            shared: object = None,
+            version: object = VERSION,
+            reordered: object = None,
             **_: Any,
         ) -> None:
+            """Whatever the file has; `prepare_empty` checks it."""
             self.quant_method = METHOD  # type: ignore[assignment]  # transformers lists its own methods only
-            self.modules, self.shared, self.version = dict(modules), dict(shared or {}), version
-            self.reordered = list(reordered)
+            self.modules, self.shared, self.version = modules, shared or {}, version
+            self.reordered = reordered or []
 
     class MegptQuantizer(HfQuantizer):
         """Puts empty quantized modules where the checkpoint has quantized weights."""
@@ -140,9 +158,14 @@ def register_format() -> None:
             """`save_quantized` writes these models."""
             return True
 
+        def get_state_dict_and_metadata(
+            self, model: PreTrainedModel
+        ) -> tuple[dict[str, Any], dict[str, str]]:
+            """What transformers' `save_pretrained` writes beside config.json."""
+            return stored_tensors(model, describe(model)), {}
+
         def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-            config = cast(Any, self.quantization_config)
-            prepare_empty(model, config.modules, config.shared, config.version, config.reordered)
+            prepare_empty(model, vars(self.quantization_config))
 
         def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
             share_weights(model, cast(Any, self.quantization_config).shared)
@@ -152,39 +175,30 @@ def register_format() -> None:
     register_quantizer(METHOD)(MegptQuantizer)
 
 
-def prepare_empty(
-    model: PreTrainedModel,
-    modules: Mapping[str, str],
-    shared: Mapping[str, str],
-    version: int = VERSION,
-    reordered: Sequence[str] = (),
-) -> None:
-    """Make the named modules quantized ones whose weights are still to be loaded; `model` may be on meta.
+def prepare_empty(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
+    """Make the modules that a `quantization_config` names quantized ones: their weights are not loaded yet.
 
-    Raises CheckpointError for modules that the model does not have.
+    `model` may be on meta. Raises CheckpointError for what is damaged, and for modules that it does not have.
     """
-    if version > VERSION:
-        raise CheckpointError(
-            f"the checkpoint has version {version} of the quantized format, this release reads up to "
-            f"{VERSION}. Update memory-efficient-gpt."
-        )
+    folder = str(model.config.name_or_path)
+    description = read_description(settings, folder)
+    modules = description.modules
     by_name = {name: layer for layer in find_layers(model) for name in layer.names}
     unknown = [name for name in modules if name not in by_name]
     if unknown:
         raise CheckpointError(
-            f"quantized modules that this architecture does not have: {', '.join(unknown[:3])}."
+            f"{folder}: quantized modules that this architecture does not have: {', '.join(unknown[:3])}."
         )
     if any(by_name[name].role == "experts" for name in modules):
         index_experts_one_by_one(model)
     for layer in {id(by_name[name]): by_name[name] for name in modules}.values():
-        scheme = parse_scheme(modules[layer.names[0]], stored=True)
-        weight = empty_weight(scheme, layer.shape, layer.weight().device)
-        if layer.name in reordered:
+        weight = empty_weight(modules[layer.names[0]], layer.shape, layer.weight().device)
+        if layer.name in description.reordered:
             order = torch.empty(layer.shape[1], dtype=torch.int32, device=weight.codes.device)
             hold_reordered(layer.holders[0][0], weight, order)
         else:
             put_weight(layer, weight)
-    for name in shared:
+    for name in description.shared:
         cast(QuantizedModule, model.get_submodule(name)).set_weight(None)
     forget_ties(model)
 

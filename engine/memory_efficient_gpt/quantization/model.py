@@ -26,6 +26,7 @@ from memory_efficient_gpt.quantization.bitsandbytes_linear import BitsAndBytesMo
 from memory_efficient_gpt.quantization.experts import QuantizedStack, hold_stack, stacked_parameters
 from memory_efficient_gpt.quantization.layers import Layer, find_layers
 from memory_efficient_gpt.quantization.modules import QuantizedModule, hold, pack_weight
+from memory_efficient_gpt.quantization.naming import inner_schemes
 from memory_efficient_gpt.quantization.plans import Plan
 from memory_efficient_gpt.quantization.rounding import Rounding, quantize_weight, rounding_of
 from memory_efficient_gpt.quantization.scheme import Scheme
@@ -233,11 +234,16 @@ def _float_bytes(model: nn.Module) -> dict[str, int]:
     return {name: p.numel() * p.element_size() for name, p in floats}
 
 
-def main_scheme(model: nn.Module) -> Scheme | None:
-    """The scheme that most of the quantized weights have, by size; None if nothing is quantized.
+def present_schemes(model: nn.Module) -> frozenset[Scheme]:
+    """All schemes of quantized weights; none if nothing is quantized.
 
     Embedding and head count only where nothing else is quantized: a small model may be mostly these.
     """
+    return inner_schemes(*_sizes(model))
+
+
+def _sizes(model: nn.Module) -> tuple[Counter[Scheme], Counter[Scheme]]:
+    """Weights by scheme: without embedding and head, and in all."""
     inner, total = Counter[Scheme](), Counter[Scheme]()
     getters = (getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
     ends = [getter() for getter in getters if getter is not None]
@@ -246,7 +252,7 @@ def main_scheme(model: nn.Module) -> Scheme | None:
         size = module.num_outputs * module.num_inputs * (module.scheme.kind != "none")
         total[module.scheme] += size
         inner[module.scheme] += size * all(module is not end for end in ends)
-    return max(total, key=lambda scheme: (inner[scheme], total[scheme]), default=None)
+    return inner, total
 
 
 def weight_bytes(model: nn.Module) -> int:

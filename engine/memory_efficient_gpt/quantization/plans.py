@@ -78,9 +78,15 @@ def parse_rules(texts: Sequence[str]) -> dict[str, Scheme]:
             problems.append(f"rule {text!r} must be PATTERN=SCHEME, for example '*.down_proj=int8'.")
             continue
         try:
-            rules[pattern] = parse_scheme(name)
+            scheme = parse_scheme(name)
         except ConfigError as error:
             problems += error.problems
+            continue
+        if rules.setdefault(pattern, scheme) != scheme:
+            problems.append(
+                f"pattern {pattern!r} has two rules, {rules[pattern]} and {scheme}; a layer takes the first "
+                "that matches. Leave one out."
+            )
     if problems:
         raise ConfigError(problems)
     return rules

@@ -47,7 +47,7 @@ def add_parser(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("model", metavar="MODEL", help="bundled model's name, checkpoint folder, or hub id")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; new or empty")
     parser.add_argument(
-        "--plan", action="store_true", help="measure and print what would be done; write nothing"
+        "--plan", action="store_true", help="measure and print what would be done; instead of --out"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     _add_scheme_options(parser)
@@ -94,9 +94,10 @@ def _add_calibration_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--calibrate-tokens", type=positive_int, metavar="N",
-        help=f"tokens that the model writes itself (default: {SELF_GENERATED_TOKENS:,} where needed)",
+        help=f"tokens that the model writes itself (default: {SELF_GENERATED_TOKENS:,} where needed); all "
+        "tell how large inputs are, and predictions are compared on up to 1,024 of them",
     )  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, help="of that text (default: 0)")
+    group.add_argument("--seed", type=int, metavar="N", help="of that text (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,9 +9,9 @@ there is none, its weights never.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,12 +97,22 @@ def _contradictions(args: argparse.Namespace) -> Iterator[str]:
         yield "give a text with --calibration or let the model write one with --calibrate-tokens, not both."
     if args.calibrate_tokens is not None and args.calibrate_tokens < LEAST_TOKENS:
         yield f"--calibrate-tokens is {args.calibrate_tokens}; at least {LEAST_TOKENS} are needed."
+    written = args.bits_per_weight is not None or args.plan or args.calibrate_tokens is not None
+    if args.seed is not None and (args.calibration is not None or not written):
+        yield (
+            "--seed is of the text that the model writes itself, and none is written here. Leave it out, or "
+            "give --calibrate-tokens."
+        )
 
 
 def _out_problems(out: Path | None, *, wanted: bool) -> Iterator[str]:
     if out is None or not wanted:
-        if wanted:
-            yield "--out DIR is needed: the folder to write. With --plan nothing is written."
+        if (out is None) == wanted:
+            yield (
+                "--out DIR is needed: the folder to write. With --plan nothing is written."
+                if wanted
+                else f"--plan writes nothing, so that --out {out} would stay empty. Leave one of them out."
+            )
         return
     out = _absolute(out)
     if out.exists() and not out.is_dir():
@@ -110,8 +120,17 @@ def _out_problems(out: Path | None, *, wanted: bool) -> Iterator[str]:
     elif out.is_dir() and any(out.iterdir()):
         yield f"--out {out} is not empty. Give a new folder, or empty it."
     existing = next(folder for folder in out.parents if folder.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+    if not _takes_folders(existing):
         yield f"--out {out} cannot be made: {existing} is not a folder that may be written to."
+
+
+def _takes_folders(folder: Path) -> bool:
+    """By trying: permissions don't say it of every file system."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".megpt-", dir=folder))
+    except OSError:
+        return False
+    return True
 
 
 def _schemes(args: argparse.Namespace) -> tuple[Scheme, ...]:
@@ -155,29 +174,27 @@ def _with_model(
 ) -> Job:
     from memory_efficient_gpt.errors import ConfigError
     from memory_efficient_gpt.hardware import resolve_device
-    from memory_efficient_gpt.loading import check_checkpoint, load_config, resolve_model
+    from memory_efficient_gpt.loading import (
+        check_checkpoint,
+        load_config,
+        quantization_settings,
+        resolve_model,
+    )
 
     device = resolve_device(args.device)
     folder = resolve_model(args.model, args.revision)
     files = check_checkpoint(folder)
     config = load_config(folder)
-    if _is_quantized(folder):
+    if quantization_settings(folder) is not None:
         raise ConfigError([f"{args.model} is quantized already. Give the checkpoint it was made from."])
     _check_plan(config, schemes, args.bits_per_weight, rules)
     return Job(
         model=args.model, folder=folder, weight_files=tuple(files), config=config, bits=args.bits_per_weight,
         schemes=schemes, rules=rules, rounding=args.rounding, exact=args.exact, tied=args.tied,
         text=_pieces(folder, config, text) if text is not None else None,
-        text_name=_text_name(args), generated_tokens=args.calibrate_tokens, seed=args.seed, device=device,
-        out=None if args.plan else _absolute(args.out),
+        text_name=_text_name(args), generated_tokens=args.calibrate_tokens, seed=args.seed or 0,
+        device=device, out=None if args.plan else _absolute(args.out),
     )  # fmt: skip
-
-
-def _is_quantized(folder: Path) -> bool:
-    """Whether config.json names a method; models with other modalities have a config for text in it."""
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = {"quantization_config", "compression_config"}
-    return any(names & part.keys() for part in (raw, raw.get("text_config")) if isinstance(part, dict))
 
 
 def _check_plan(
@@ -236,7 +253,9 @@ def _text_name(args: argparse.Namespace) -> str | None:
 
 
 def _absolute(path: Path) -> Path:
-    return path.expanduser().absolute()
+    """Without `..`, as links have it."""
+    path = path.expanduser().absolute()
+    return path.resolve() if ".." in path.parts else path
 
 
 def _collect(problems: list[str], find: Callable[[], T]) -> T | None:

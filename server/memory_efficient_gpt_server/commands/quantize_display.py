@@ -119,7 +119,9 @@ def _summary(job: Job, outcome: Outcome) -> str:
     if outcome.divergence is not None:
         lines.append(f"measured KL divergence from the float model: {outcome.divergence:.4g} nats per token")
     if outcome.measured_tokens:
-        lines.append(f"measured on {outcome.measured_tokens:,} tokens of {_text_name(job)}, "
+        calibrated, measured = outcome.calibration_tokens, outcome.measured_tokens
+        some = f"{measured:,} of " if measured < calibrated else ""
+        lines.append(f"measured on {some}{calibrated:,} tokens of {_text_name(job)}, "
                      f"in {outcome.measured_in}")  # fmt: skip
     before = f"{outcome.bytes_before:,} bytes"
     if outcome.plan is not None and job.out is None:
@@ -143,6 +145,7 @@ def _as_json(job: Job, outcome: Outcome) -> dict[str, Any]:
         "bytes_after": outcome.bytes_after,
         "measured_on": _text_name(job) if outcome.measured_tokens else None,
         "measured_tokens": outcome.measured_tokens,
+        "calibration_tokens": outcome.calibration_tokens,
         "predicted_kl": None if plan is None else plan.divergence,
         "measured_kl": outcome.divergence,
         "schemes": {name: str(scheme) for name, scheme in outcome.schemes.items()},

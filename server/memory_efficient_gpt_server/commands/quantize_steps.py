@@ -7,8 +7,6 @@ Invariant: the folder appears whole or not at all; whatever ends the run, nothin
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import torch
 
-from memory_efficient_gpt.errors import MegptError
 from memory_efficient_gpt.hardware import free_memory_bytes
 from memory_efficient_gpt.loading import load_model
 from memory_efficient_gpt.native.build import Unavailable
@@ -47,13 +44,18 @@ class Progress(Protocol):
 
 @dataclass(slots=True)
 class Outcome:
-    """What was found and written. divergence: of the quantized model, measured; None without a text."""
+    """What was found and written. divergence: of the quantized model, measured; None without a text.
+
+    measured_tokens: those of the text on which predictions are compared, of calibration_tokens that tell how
+    large inputs are.
+    """
 
     bits_per_weight: float
     bytes_before: int
     schemes: Plan
     plan: MixedPlan | None = None
     measured_tokens: int = 0
+    calibration_tokens: int = 0
     measured_in: str = ""
     bytes_after: int | None = None
     divergence: float | None = None
@@ -64,9 +66,10 @@ def carry_out(job: Job, progress: Progress) -> Outcome:
     progress("loading", job.model, 0.0)
     stored = _stored_dtype(job)
     model = load_model(job.folder, job.config, dtype=_dtype(job, stored), device=job.device)
-    reference, moments = None, None
+    reference, moments, num_tokens = None, None, 0
     if job.needs_text:
         text = _text(job, model, progress)
+        num_tokens = text.numel()
         moments = second_moments(model, text, progress=partial(progress, "calibrating"))
         reference = Reference(model, text)
     layers = find_layers(model)
@@ -78,6 +81,7 @@ def carry_out(job: Job, progress: Progress) -> Outcome:
     outcome = Outcome(bits_per_weight(layers, schemes), _size(job.weight_files), schemes, mixed)
     if reference is not None:
         outcome.measured_tokens, outcome.measured_in = reference.num_tokens, _name(model.dtype)
+        outcome.calibration_tokens = num_tokens
     if job.out is not None:
         _quantize(model, schemes, quantizer, progress)
         outcome.divergence = reference.divergence() if reference is not None else None
@@ -134,18 +138,9 @@ def _quantize(model: PreTrainedModel, schemes: Plan, quantizer: Quantizer, progr
 
 
 def _write(model: PreTrainedModel, out: Path, source: Path) -> int:
-    """Write beside `out`, then give it its name; returns the bytes of the weights."""
+    """Write `out`; returns the bytes of the weights."""
     model.config.dtype = model.dtype
-    partial_out = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        save_quantized(model, partial_out, source=source)
-        if out.exists():
-            out.rmdir()  # it is empty, or this fails
-        partial_out.rename(out)
-    except OSError as error:
-        raise MegptError(f"{out} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(partial_out, ignore_errors=True)
+    save_quantized(model, out, source=source)
     return _size(sorted(out.glob("*.safetensors")))
 
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from memory_efficient_gpt.config import EngineConfig
 from memory_efficient_gpt.errors import CheckpointError, ConfigError
+from memory_efficient_gpt.memory import estimate
 from memory_efficient_gpt.native.build import Unavailable
 from memory_efficient_gpt.native.ops import load_kernels
 from memory_efficient_gpt.quantization.checkpoint import register_format, save_quantized
@@ -95,7 +97,18 @@ def test_tokenizer_files_are_copied_and_weights_of_the_source_are_not(tmp_path: 
     ("change", "message"),
     [
         ({"version": 99}, "version 99 of the quantized format"),
+        ({"version": "1"}, r"config.json: quantization_config.version is '1', not a whole number"),
         ({"modules": {"model.layers.7.mlp.up_proj": "int4"}}, "does not have: model.layers.7.mlp.up_proj"),
+        ({"modules": None}, r"quantization_config.modules must map names of modules to schemes, got None"),
+        ({"modules": {"lm_head": 4}}, r"modules\['lm_head'\] must be a scheme's name, got 4"),
+        ({"modules": {"lm_head": "int5"}}, r"modules\['lm_head'\]: quantization scheme 'int5' is unknown"),
+        (
+            {"modules": {"lm_head": "bnb-nf4"}},
+            r"modules\['lm_head'\]: bnb-nf4 is no scheme of this",
+        ),
+        ({"shared": {"lm_head": "nope"}}, r"shared must say .* got \{'lm_head': 'nope'\}"),
+        ({"shared": ["lm_head"]}, r"shared must say .* got \['lm_head'\]"),
+        ({"reordered": "lm_head"}, r"reordered must list quantized modules, got 'lm_head'"),
     ],
 )
 def test_what_does_not_fit_the_architecture_is_named(
@@ -106,5 +119,9 @@ def test_what_does_not_fit_the_architecture_is_named(
     config = json.loads(path.read_text())
     config["quantization_config"] |= change
     path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as refusal:
         load(tmp_path / "saved")
+    assert str(refusal.value).startswith(str(tmp_path / "saved"))
+    with pytest.raises(CheckpointError) as planned:
+        estimate(EngineConfig(model=str(tmp_path / "saved")))
+    assert str(tmp_path / "saved") in str(planned.value)

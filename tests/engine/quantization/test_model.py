@@ -30,13 +30,14 @@ from memory_efficient_gpt.quantization.layers import find_layers
 from memory_efficient_gpt.quantization.model import (
     QuantizationReport,
     give_kernels,
-    main_scheme,
+    present_schemes,
     quantize_model,
     quantized_modules,
     report_of,
     weight_bytes,
 )
 from memory_efficient_gpt.quantization.modules import QuantizedLinear
+from memory_efficient_gpt.quantization.naming import name_of
 from memory_efficient_gpt.quantization.plans import uniform_plan
 from memory_efficient_gpt.quantization.scheme import INT8, parse_scheme
 
@@ -224,16 +225,25 @@ def test_routers_and_small_layers_stay() -> None:
     assert "model.extra" not in {layer.name for layer in find_layers(model)}
 
 
-def test_main_scheme_is_the_one_of_most_weights() -> None:
-    model = quantized("llama")
-    assert main_scheme(model) == parse_scheme("int4")
-    assert main_scheme(tiny("llama")) is None
+def test_present_schemes_are_those_of_inner_layers() -> None:
+    assert present_schemes(quantized("llama")) == {parse_scheme("int4")}
+    assert present_schemes(tiny("llama")) == frozenset()
 
 
-def test_a_large_vocabulary_does_not_decide_the_main_scheme() -> None:
+def test_a_mix_is_called_one() -> None:
+    model = tiny("llama")
+    rules = {"*.down_proj": parse_scheme("int8"), "*.up_proj": parse_scheme("bf16")}
+    quantize_model(model, uniform_plan(find_layers(model), parse_scheme("int4"), rules=rules))
+    assert name_of(present_schemes(model)) == "mixed (int4, int8)"
+    ends = tiny("llama")
+    quantize_model(ends, uniform_plan(find_layers(ends), parse_scheme("bf16"), rules={"lm_head": INT8}))
+    assert name_of(present_schemes(ends)) == "int8"
+
+
+def test_a_large_vocabulary_does_not_decide_the_scheme() -> None:
     model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY | {"vocab_size": 5000}))
     quantize_model(model, uniform_plan(find_layers(model), parse_scheme("int4")))
-    assert main_scheme(model) == parse_scheme("int4")
+    assert present_schemes(model) == {parse_scheme("int4")}
 
 
 @pytest.mark.parametrize("with_kernels", [False, True])

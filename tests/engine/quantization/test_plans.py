@@ -48,6 +48,12 @@ def test_every_problem_of_rules_is_told() -> None:
     assert len(caught.value.problems) == 3
 
 
+def test_two_rules_of_one_pattern_are_refused_unless_they_say_the_same() -> None:
+    assert parse_rules(["a=int8", "b=int4", "a=int8"]) == {"a": INT8, "b": parse_scheme("int4")}
+    with pytest.raises(ConfigError, match=r"pattern 'a' has two rules, int8 and bf16; .* first that matches"):
+        parse_rules(["a=int8", "a=bf16"])
+
+
 def test_bits_are_those_of_all_layers_together() -> None:
     plan = {"embed": INT8, "layers.0.q": INT4, "layers.0.down": INT4, "head": UNQUANTIZED}
     assert bits_per_weight(layers(), plan) == pytest.approx((8.25 + 4.5 + 4.5 + 16) / 4)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 
-from memory_efficient_gpt.quantization.checkpoint import METHOD, VERSION, register_format
+from memory_efficient_gpt.quantization.checkpoint import register_format
+from memory_efficient_gpt.quantization.description import METHOD, VERSION
 from memory_efficient_gpt.quantization.foreign import awq, compressed_tensors, gptq
 from memory_efficient_gpt.quantization.foreign.conversion import Converted, convert, find_quantized
 from memory_efficient_gpt.quantization.foreign.formats import LayerFormat, Settings
