@@ -32,8 +32,10 @@ class Swaps:
 
     def started(self, key: VariantKey, new: RegistryState, now_s: float) -> None:
         """It is being loaded or woken. If it had left for others, none of those may have been able to."""
-        waiting = self.left_for.get(key)
-        for other in waiting or ():
+        waiting = self.left_for.get(key) or frozenset()
+        if any(k not in new.queue for k in waiting):  # refused in this very step
+            waiting = frozenset()
+        for other in waiting:
             assert not self._could_have(other, key, new, now_s), (
                 f"{key} left for others and comes back before {other}, which could have been loaded"
             )
@@ -51,7 +53,7 @@ class Swaps:
     def _could_have(self, other: VariantKey, key: VariantKey, new: RegistryState, now_s: float) -> bool:
         """Whether `other` would have had room where `key` was started, and was not overtaken in patience."""
         record, started = new.records[other], new.records[key]
-        if other not in new.queue or record.state not in _WAITING or self._overtaken(other, key, new, now_s):
+        if record.state not in _WAITING or self._overtaken(other, key, new, now_s):
             return False
         taken = per_device(_taken(started))
         needed = per_device(needed_amounts(record, record.needs))
