@@ -73,13 +73,15 @@ class DeviceReader:
 
     def close(self) -> None:
         """Wait for all copies, give the buffers back. Nothing may be filled afterwards."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        if self._locked:
-            self._locked = False
-            unlock_pages(self._memory)
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._free = SimpleQueue()
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        finally:
+            if self._locked:
+                self._locked = False
+                unlock_pages(self._memory)
+            self._memory = torch.empty(0, dtype=torch.uint8)
+            self._free = SimpleQueue()
 
     def fill(self, target: torch.Tensor, read: Read) -> None:
         """Fill a contiguous tensor on the device with what `read` gives. Raises what `read` raises."""
