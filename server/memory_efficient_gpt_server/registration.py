@@ -68,7 +68,8 @@ async def prepare(
     source = await asyncio.to_thread(allowed_source, model.model, models_dir)
     model = model.model_copy(update={"model": source, "load": "on_demand"})
     prepared = await _prepare(catalog, registry, model)
-    await _in_thread(partial(prepared.hosted.provide, prepared.hosted.key))  # else each client were told
+    hosted = prepared.hosted  # what is wrong with it is told now, or each of its clients would be
+    await _in_thread(partial(hosted.provide, hosted.key, hosted.entry.kv_limits))
     return prepared
 
 

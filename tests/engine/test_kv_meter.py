@@ -69,7 +69,7 @@ def test_blocks_that_stand_for_no_memory_give_no_figures() -> None:
     assert (meter.cost().kv_peak_bytes, meter.cost().kv_byte_seconds) == (None, None)
 
 
-@pytest.mark.parametrize(("depth", "window", "blocks"), [(0, None, 24), (1, None, 24), (0, 6, 16)])
+@pytest.mark.parametrize(("depth", "window", "blocks"), [(0, None, 24), (1, None, 24), (0, 6, 12)])
 def test_figures_are_those_of_looking_at_every_block_table_at_every_step(
     depth: int, window: int | None, blocks: int
 ) -> None:

@@ -23,7 +23,7 @@ SCHEMES = {
     "awq": "int4-asym-g16",
     "ct-fp8-dynamic": "fp8",
     "ct-fp8-static": "fp8",
-    "ct-mixed": "int4-g16",
+    "ct-mixed": "mixed (int4-g16, int8-asym)",
     "ct-w4a16": "int4-g16",
     "ct-w4a16-asym": "int4-asym-g16",
     "ct-w8a16-asym": "int8-asym",
