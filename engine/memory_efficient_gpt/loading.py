@@ -241,14 +241,15 @@ def _read_if_possible(
     folder: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, dict[str, Any]] | None:
     """`read_to_device`; None, and the log says why, where only transformers' own way is left."""
-    try:
-        return read_to_device(folder, config, dtype, device)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        if "out of memory" in str(error).lower():
-            raise
-        logger.warning("%s: files can't be read straight to %s: %s", folder, device, _first_line(error))
+    from memory_efficient_gpt.file_tensors import obstacle
+
+    reason = obstacle(check_checkpoint(folder))
+    if reason is None:
+        try:
+            return read_to_device(folder, config, dtype, device)
+        except (AttributeError, TypeError) as error:  # another transformers may ask more of a tensor
+            reason = _first_line(error)
+    logger.warning("%s: files can't be read straight to %s: %s", folder, device, reason)
     return None
 
 
@@ -261,17 +262,14 @@ def read_to_device(
     """
     from transformers import GenerationConfig
 
-    from memory_efficient_gpt.file_tensors import file_tensors, obstacle
+    from memory_efficient_gpt.file_tensors import file_tensors
     from memory_efficient_gpt.kv_cache.geometry import causal_model_class
 
-    files = check_checkpoint(folder)
-    if (reason := obstacle(files)) is not None:
-        raise NotImplementedError(reason)
     generation = None
     if (folder / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
     kind: Any = causal_model_class(config)
-    with file_tensors(files, device) as tensors:
+    with file_tensors(check_checkpoint(folder), device) as tensors:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = kind.from_pretrained(
             None,
             config=config,

@@ -125,13 +125,29 @@ def test_where_it_can_not_be_done_the_log_says_why(
     assert "files can't be read straight to cpu: no such thing here" in caplog.text
 
 
-@pytest.mark.parametrize("error", [CheckpointError("changed"), RuntimeError("CUDA out of memory")], ids=str)
+@pytest.mark.parametrize(
+    "error", [CheckpointError("changed"), RuntimeError("CUDA out of memory"), ValueError("odd")], ids=str
+)
 def test_what_no_other_way_would_cure_is_raised(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> Any:
         raise error
 
+    CASES["llama"].model().save_pretrained(tmp_path)
     monkeypatch.setattr(loading, "read_to_device", fail)
     with pytest.raises(type(error), match=str(error)):
         loading._read_if_possible(tmp_path, Any, torch.float32, CPU)  # type: ignore[arg-type]
+
+
+def test_a_transformers_that_asks_more_of_a_tensor_is_told_and_reads_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise AttributeError("'FileTensor' object has no attribute 'stride'")
+
+    CASES["llama"].model().save_pretrained(tmp_path)
+    monkeypatch.setattr(loading, "read_to_device", fail)
+    with caplog.at_level(logging.WARNING):
+        assert loading._read_if_possible(tmp_path, Any, torch.float32, CPU) is None  # type: ignore[arg-type]
+    assert "has no attribute 'stride'" in caplog.text

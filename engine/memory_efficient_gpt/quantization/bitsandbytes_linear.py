@@ -22,6 +22,7 @@ import functools
 import importlib.util
 import logging
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Self, cast
@@ -58,9 +59,9 @@ class BitsAndBytesModule(nn.Module):
         return self.in_features
 
     @property
+    @abstractmethod
     def scheme(self) -> Scheme:
         """How the weight is stored."""
-        raise NotImplementedError
 
     @property
     def weight_bytes(self) -> int:
@@ -68,9 +69,9 @@ class BitsAndBytesModule(nn.Module):
         tensors = (cast(torch.Tensor, self.weight), *self.statistics())
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    @abstractmethod
     def statistics(self) -> list[torch.Tensor]:
         """Scales and tables: what the weight needs besides its codes."""
-        raise NotImplementedError
 
     def prepare(self) -> None:
         """Do now what would be done at the first forward."""
@@ -78,9 +79,9 @@ class BitsAndBytesModule(nn.Module):
     def _set_compute_dtype(self, dtype: torch.dtype) -> None:
         self.compute_dtype = dtype
 
+    @abstractmethod
     def _move(self, device: torch.device) -> None:
         """Replace the parameter by one on `device`."""
-        raise NotImplementedError
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Move codes and scales together; another dtype is one to compute in, theirs stays."""
