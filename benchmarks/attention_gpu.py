@@ -127,7 +127,7 @@ def split_times(rows: int, context: int, dtype: torch.dtype, group: int) -> dict
 
 
 def sweep_splits(save: Callable[[dict[str, Any]], None]) -> None:
-    """Which least length of splits suits a step: for `attention_launch.SPLITS_OF_HEADS`."""
+    """Which least length of splits suits a step: for `attention_launch.least_split`."""
     results: dict[str, Any] = {}
     for dtype in (torch.bfloat16, torch.int8):
         for group in (2, 4):

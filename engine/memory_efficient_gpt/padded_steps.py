@@ -7,7 +7,6 @@ Invariant: what rows that count give does not depend on the padding; `compute` n
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +14,7 @@ import torch
 
 from memory_efficient_gpt.attention.context import AttentionBackend, StepContext
 from memory_efficient_gpt.attention.interface import forward_packed
-from memory_efficient_gpt.native.deferral import Deferral, DeferredKind
+from memory_efficient_gpt.native.deferral import DeferredKind, deferring
 from memory_efficient_gpt.sampling.batch import RowParameters
 from memory_efficient_gpt.sampling.draw import draw_tokens
 from memory_efficient_gpt.sampling.ordering import argmax
@@ -111,7 +110,7 @@ class PaddedSteps:
         )
         rows = packed[fields.logit_rows].long()
         positions = packed[fields.positions].long()
-        with Deferral(self._defers) if self._defers else nullcontext():
+        with deferring(self._defers):
             logits = forward_packed(self._model, ids, positions, context, rows)
         if kind.choice is None:
             self._keep_logits(logits)

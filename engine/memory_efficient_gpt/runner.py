@@ -8,7 +8,8 @@ scheduler may go on changing its sequences while the device still computes.
 
 from __future__ import annotations
 
-from typing import Protocol
+from itertools import chain
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -16,13 +17,18 @@ import torch
 from memory_efficient_gpt.attention.context import AttentionBackend, StepContext
 from memory_efficient_gpt.attention.interface import forward_packed
 from memory_efficient_gpt.kv_cache.pool import KVPool
-from memory_efficient_gpt.native.deferral import DeferredKind
+from memory_efficient_gpt.native.deferral import DeferredKind, deferring
 from memory_efficient_gpt.padded_steps import PaddedSteps
 from memory_efficient_gpt.sequence import Step
 from memory_efficient_gpt.step_layout import StepLayout, StepTables
 from memory_efficient_gpt.step_replays import Replays, StepReplays
 from memory_efficient_gpt.step_sampling import Chooser, PendingStep, draw, drawn, num_prompt_targets
 from memory_efficient_gpt.uploads import upload
+
+_BUSY: Final = 1.5e12
+"""Weights of a layer times tokens of a step that keep a GPU busy for twice as long as its host needs for the
+step's calls, so that calls may wait though it costs the host: 6,000 tokens of an 8B Llama, for which an H200
+takes 5 ms a layer and its host 2.6."""
 
 
 class Runner(Protocol):
@@ -42,7 +48,7 @@ class PackedRunner:
     """Runs a model whose attention goes through the paged cache (tiers A and B).
 
     replays: what does steps again; None: all are computed call by call.
-    defers: what waits for the next call in those steps (native/deferral.py).
+    defers: what waits for the next call (native/deferral.py) in those steps and in very large ones.
     """
 
     def __init__(
@@ -64,6 +70,9 @@ class PackedRunner:
         self._backend = backend
         self._device = device
         self._end_ids = end_ids
+        self._defers = defers
+        self._defers_from = _BUSY * len(pool.caches) / _num_weights(model)
+        """Tokens of a step."""
         max_blocks = -(-max_model_len // pool.block_size)
         self._tables = StepTables(max_num_seqs, max_blocks, pool.block_size)
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
@@ -95,13 +104,9 @@ class PackedRunner:
             if replays is not None and (pending := self._replay(step, layout, replays)) is not None:
                 return pending
             rows = self._logit_rows(step, layout)
-            logits = forward_packed(
-                self._model,
-                self._input_ids(layout),
-                upload(layout.positions, self._device),
-                self._context(layout),
-                rows,
-            )
+            ids, positions = self._input_ids(layout), upload(layout.positions, self._device)
+            with deferring(self._defers if layout.num_tokens >= self._defers_from else frozenset()):
+                logits = forward_packed(self._model, ids, positions, self._context(layout), rows)
             return self._draw(step, logits)
 
     def rest(self) -> None:
@@ -167,3 +172,9 @@ class PackedRunner:
             for offset in range(num_prompt_targets(chunk))
         ]
         return upload(np.asarray(sampled + prompt_rows, dtype=np.int64), self._device)
+
+
+def _num_weights(model: torch.nn.Module) -> int:
+    """Elements of all tensors of two dimensions, as they are stored; at least 1."""
+    tensors = chain(model.parameters(), model.buffers())
+    return max(1, sum(tensor.numel() for tensor in tensors if tensor.ndim == 2))

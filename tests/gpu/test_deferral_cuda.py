@@ -20,6 +20,7 @@ from memory_efficient_gpt.native.deferral import Deferral, DeferredKind
 from memory_efficient_gpt.native.deferred_calls import DeferredHeadNorm, DeferredSum, DeferredTurn
 from memory_efficient_gpt.native.ops import NormStyle
 from memory_efficient_gpt.native.rotary import unturned
+from memory_efficient_gpt.request import Request, SamplingParams
 from tests.engine.architectures.configs import CASES
 from tests.gpu.test_engine_cuda import make_engine, run
 from tests.gpu.test_fused_layers import (
@@ -253,3 +254,33 @@ def test_an_engine_says_what_waits_and_gives_the_same_tokens(
     assert "residual sums" not in "; ".join(apart.info.notes)
     for _ in range(2):  # by calls, then by graphs
         assert run(engine) == run(apart)
+
+
+def test_in_steps_that_keep_the_device_busy_calls_wait_without_a_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from memory_efficient_gpt import runner
+    from memory_efficient_gpt.native.deferral import deferring
+
+    seen: list[bool] = []
+
+    def watched(kinds: frozenset[DeferredKind]) -> Any:
+        seen.append(bool(kinds))
+        return deferring(kinds)
+
+    def tokens() -> list[int]:
+        seen.clear()
+        engine = make_engine("llama", "cuda", max_batched_tokens=64)
+        params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, prompt_logprobs=1)
+        engine.submit(Request(id="0", prompt_token_ids=tuple(range(2, 42)), params=params))
+        found: list[int] = []
+        while engine.has_work:
+            found += [token for event in engine.step() for token in event.token_ids]
+        return found
+
+    monkeypatch.setattr(runner, "deferring", watched)
+    usual = tokens()
+    assert seen == [False], "such a step is never captured, and too small to keep the device busy"
+    monkeypatch.setattr(runner, "_BUSY", 0.0)
+    assert tokens() == usual
+    assert seen == [True]

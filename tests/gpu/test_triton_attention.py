@@ -80,7 +80,7 @@ def test_blocks_of_64_tokens_and_long_contexts(lens: list[int]) -> None:
     assert float((step.run(TritonBackend(), options).double().cpu() - wanted).abs().max()) < 5e-6
 
 
-def test_a_decoding_row_gives_the_same_bits_alone_and_among_others() -> None:
+def test_a_decoding_row_gives_the_same_bits_alone_and_among_a_few_others() -> None:
     backend = TritonBackend()
     lens = [1] * 6  # contexts of one split, of several, and so long that splits are longer
     step = make_step(TorchBackend(), lens, [700, 33, 4500, 128, 129, 1], dtype=torch.bfloat16)
@@ -119,18 +119,30 @@ def test_longer_splits_give_the_same_but_for_rounding(least: int, feature: str) 
     assert float((out.double().cpu() - wanted).abs().max()) < 5e-6
 
 
-def test_a_step_of_many_rows_and_heads_gets_the_tables_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from memory_efficient_gpt.triton_kernels import attention_launch
+@pytest.mark.parametrize(
+    ("rows", "longest", "least"),
+    [(1, 512, 128), (8, 1024, 128), (1, 8192, 128), (16, 1024, 256), (32, 1024, 256), (8, 8192, 1024),
+     (64, 1024, 256), (136, 2048, 512), (256, 65536, 1024)],
+)  # fmt: skip
+def test_splits_are_longer_where_a_step_has_more_rows_or_longer_ones(
+    rows: int, longest: int, least: int
+) -> None:
+    from memory_efficient_gpt.triton_kernels.attention_launch import least_split
 
-    assert attention_launch.least_split(256, 8) == attention_launch.LEAST_SPLIT
-    monkeypatch.setattr(attention_launch, "SPLITS_OF_HEADS", ((256, 256), (1024, 512)))
-    assert [attention_launch.least_split(rows, 8) for rows in (1, 32, 33, 128, 256)] == [
-        128,
-        128,
-        256,
-        256,
-        512,
-    ]
+    assert least_split(rows, 8, longest) == least
+
+
+@pytest.mark.parametrize("rows", [3, 40, 70])
+def test_steps_of_few_rows_and_of_many_are_right(rows: int) -> None:
+    """They differ in the shortest split and in what kernels read before the one before has ended."""
+    contexts = [1 + 997 * row % 1500 for row in range(rows)]
+    shape = Shape(16, 8, key_dim=64, value_dim=64)
+    step = make_step(TorchBackend(), [1] * rows, contexts, shape=shape, dtype=torch.bfloat16, block_size=64)
+    options = options_for("plain", 16)
+    wanted = expected(step, options)
+    on_device(step)
+    got = step.run(TritonBackend(), options).double().cpu()
+    assert float((got - wanted).abs().max()) < TOLERANCES[torch.bfloat16]
 
 
 def test_what_it_does_not_take_is_named() -> None:

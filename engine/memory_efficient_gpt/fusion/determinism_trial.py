@@ -8,7 +8,6 @@ Invariant: the model is not changed, and is left without the pool that the trial
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
@@ -19,7 +18,7 @@ from memory_efficient_gpt.attention.context import AttentionBackend, StepContext
 from memory_efficient_gpt.attention.interface import CACHE_ATTRIBUTE, forward_packed
 from memory_efficient_gpt.kv_cache.geometry import LayerKV
 from memory_efficient_gpt.kv_cache.pool import KVPool
-from memory_efficient_gpt.native.deferral import Deferral, DeferredKind
+from memory_efficient_gpt.native.deferral import DeferredKind, deferring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,7 +122,7 @@ class _Trial:
             start + place for part, start in zip(step, starts, strict=False) if part.row == 0
             for place in range(part.count)
         ]  # fmt: skip
-        with Deferral(defers) if defers else nullcontext():
+        with deferring(defers):
             logits = forward_packed(
                 self._model, self._there(ids), self._there(positions), context,
                 self._there(torch.tensor(wanted)),

@@ -12,13 +12,15 @@ takes the sum and one kernel computes sum and norm; anything else finds the sum 
 hand over (scripted functions, foreign code that reads an address by its own ways) could see a tensor that has
 no contents yet: `poison` fills them with NaN, so that a trial shows it.
 
-Each call of torch costs its host some microseconds more here: for steps that are captured once and replayed.
+Each call of torch costs its host some microseconds more here: for steps that are captured once and replayed,
+and for large ones, whose host has time.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import replace
 from typing import Any, Final, Literal, TypeVar
@@ -220,3 +222,8 @@ def _can_wait(args: Sequence[Any]) -> bool:
         and left.is_contiguous()
         and right.is_contiguous()
     )
+
+
+def deferring(kinds: frozenset[DeferredKind]) -> AbstractContextManager[object]:
+    """A `Deferral` of these kinds, or nothing where there are none."""
+    return Deferral(kinds) if kinds else nullcontext()

@@ -3,7 +3,7 @@
 Purpose: from tensors to kernels.
 Does not know: which launches a step needs (attention/triton.py).
 Invariant: tile sizes depend on head sizes and dtypes only, never on the step; splits also on how many rows a
-step has, but where sums must not depend on it.
+step has and how long they may be, but where sums must not depend on it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from memory_efficient_gpt.triton_kernels.paged_attention import (
     write_kv_kernel,
 )
 
-READS_AHEAD: Final = False
-"""Whether decoding kernels read lengths and block numbers before the kernel before has ended. It takes more
-registers, and was not measured yet."""
+READS_AHEAD: Final = 256
+"""Up to so many rows times KV heads, decoding kernels read lengths and block numbers before the kernel before
+has ended, and block numbers one tile earlier. It takes more registers, which costs more where there are more
+programs than the device runs at a time."""
 LEAST_SPLIT: Final = 128
 MOST_SPLITS: Final = 32
 """A decoding row is walked in splits of LEAST_SPLIT keys, of longer ones (doubled) if these are too many. It
 depends on the row alone, so that its sums don't depend on the batch."""
-SPLITS_OF_HEADS: Final[tuple[tuple[int, int], ...]] = ()
-"""Where a step has more than so many rows times KV heads, splits are at least so long instead, in rising
-order: programs of short splits spend much of their time before their first key. What was measured as faster
-(`python -m benchmarks.attention_gpu --splits`) belongs here; rows of equal padded steps get equal splits."""
+_MANY_KEYS: Final = 100_000
+_SOME_ROWS: Final = 64
+_MANY_ROWS: Final = 700
 _FIXED_ROWS: Final = 32
 _WIDE_ROWS: Final = 64
 """Queries from which tensor cores' larger products are used, which may add in another order."""
@@ -100,12 +100,21 @@ def fixed_sizes(query: torch.Tensor, group: int, value_dim: int, *, quantized: b
     return LaunchSizes(max(_FIXED_ROWS, decode.rows), decode.tile, warps=4, stages=2)
 
 
-def least_split(rows: int, heads: int) -> int:
-    """Keys of the shortest splits of a step with so many decoding rows."""
+def least_split(rows: int, heads: int, longest: int) -> int:
+    """Keys of the shortest splits of a step with so many decoding rows, of up to so many keys each.
+
+    Programs of short splits spend much of their time before their first key, but there must be some for each
+    multiprocessor. Rows of equal padded steps get equal splits. Measured on an H200
+    (`python -m benchmarks.attention_gpu --splits`).
+    """
+    programs = rows * heads
     least = LEAST_SPLIT
-    for pairs, length in SPLITS_OF_HEADS:
-        if rows * heads > pairs:
-            least = length
+    if programs > _MANY_ROWS:
+        least *= 4
+    elif programs * longest > _MANY_KEYS:
+        least *= 2
+    while programs >= _SOME_ROWS and 8 * least < longest and least < 8 * LEAST_SPLIT:
+        least *= 2
     return least
 
 
@@ -119,7 +128,8 @@ def decode_rows(
     fixed: sums are those of `fixed_prompt_chunks`, whatever else is in the step.
     """
     heads, group, value_dim = _heads(query, cache)
-    least = least or (LEAST_SPLIT if fixed else least_split(rows, heads))
+    least = least or (LEAST_SPLIT if fixed else least_split(rows, heads, max_context))
+    ahead = rows * heads <= READS_AHEAD
     splits = max(1, min(MOST_SPLITS, -(-max_context // least)))
     partial = torch.empty(
         (rows, heads, splits, group, value_dim + 2), dtype=torch.float32, device=query.device
@@ -128,16 +138,16 @@ def decode_rows(
     if fixed and sizes.rows >= _WIDE_ROWS:
         sizes = replace(sizes, warps=4)
     _attend(
-        (rows, heads, splits), query, cache, step, options, out, partial, rows, sizes, precision, decode=True,
-        fixed=fixed, least=least,
+        (heads, rows, splits), query, cache, step, options, out, partial, rows, sizes, precision, decode=True,
+        fixed=fixed, least=least, ahead=ahead,
     )  # fmt: skip
     window = options.window or 0
     with _device(query):
         join_splits_kernel[(rows, heads * group)](
             partial, step.query_starts, step.context_lens, _or(options.sinks, query), out, splits, window,
-            H=heads, G=group, DV=value_dim, PV=triton.next_power_of_2(value_dim), LEAST=least,
-            MOST=MOST_SPLITS, has_sinks=options.sinks is not None, num_warps=1 if value_dim <= 64 else 2,
-            enable_fp_fusion=not fixed, ahead=READS_AHEAD, **overlap_options(query.device),
+            least, H=heads, G=group, DV=value_dim, PV=triton.next_power_of_2(value_dim), MOST=MOST_SPLITS,
+            has_sinks=options.sinks is not None, num_warps=1 if value_dim <= 64 else 2,
+            enable_fp_fusion=not fixed, ahead=ahead, **overlap_options(query.device),
         )  # fmt: skip
 
 
@@ -151,7 +161,7 @@ def prompt_chunks(
     grid = (query.shape[0] // (sizes.rows // group) + rows, heads, 1)
     _attend(
         grid, query, cache, step, options, out, out, rows, sizes, precision, decode=False, fixed=False,
-        least=LEAST_SPLIT,
+        least=LEAST_SPLIT, ahead=False,
     )  # fmt: skip
 
 
@@ -167,7 +177,7 @@ def fixed_prompt_chunks(
     with _device(query):
         fixed_prompt_kernel[grid](
             *_tensors(query, cache, step, options, out), *_numbers(query, step, options, rows),
-            **_constants(query, cache, options, sizes, LEAST_SPLIT), precision=precision,
+            **_constants(query, cache, options, sizes), LEAST=LEAST_SPLIT, precision=precision,
             num_warps=sizes.warps, num_stages=sizes.stages, enable_fp_fusion=False,
             **overlap_options(query.device),
         )  # fmt: skip
@@ -195,16 +205,16 @@ def write_kv(
 def _attend(
     grid: tuple[int, int, int], query: torch.Tensor, cache: Cache, step: Step, options: Options,
     out: torch.Tensor, partial: torch.Tensor, rows: int, sizes: LaunchSizes, precision: str, *, decode: bool,
-    fixed: bool, least: int,
+    fixed: bool, least: int, ahead: bool,
 ) -> None:  # fmt: skip
     query = _rows_contiguous(query)
     with _device(query):
         paged_attention_kernel[grid](
             *_tensors(query, cache, step, options, out), partial, *_numbers(query, step, options, rows),
-            **_constants(query, cache, options, sizes, least), decode=decode, precision=precision,
+            least, **_constants(query, cache, options, sizes), decode=decode, precision=precision,
             fixed=fixed, num_warps=sizes.warps, num_stages=sizes.stages,
             enable_fp_fusion=not fixed,  # which operations are fused may differ between kernels
-            ahead=READS_AHEAD, **overlap_options(query.device),
+            ahead=ahead, **overlap_options(query.device),
         )  # fmt: skip
 
 
@@ -225,14 +235,12 @@ def _numbers(query: torch.Tensor, step: Step, options: Options, rows: int) -> tu
     )  # fmt: skip
 
 
-def _constants(
-    query: torch.Tensor, cache: Cache, options: Options, sizes: LaunchSizes, least: int
-) -> dict[str, Any]:
+def _constants(query: torch.Tensor, cache: Cache, options: Options, sizes: LaunchSizes) -> dict[str, Any]:
     heads, group, value_dim = _heads(query, cache)
     return dict(
         H=heads, G=group, BS=cache.key.shape[1], DK=query.shape[2], DV=value_dim,
         PK=max(16, triton.next_power_of_2(query.shape[2])), PV=max(16, triton.next_power_of_2(value_dim)),
-        BM=sizes.rows, TILE=sizes.tile, LEAST=least, MOST=MOST_SPLITS, quantized=cache.key_scale is not None,
+        BM=sizes.rows, TILE=sizes.tile, MOST=MOST_SPLITS, quantized=cache.key_scale is not None,
         has_sinks=options.sinks is not None, has_slopes=options.alibi_slopes is not None,
         has_softcap=options.softcap is not None,
     )  # fmt: skip

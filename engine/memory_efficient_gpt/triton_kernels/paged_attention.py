@@ -2,8 +2,9 @@
 
 Purpose: the Triton kernels behind attention/triton.py: one body, two launches, and what joins split rows.
 Does not know: models, the scheduler, how a launch is chosen.
-Invariant: a token's output depends on its query and its visible keys only: keys are walked in tiles of fixed
-size, a decoding row's in splits whose length follows from its own context, whatever else is in the step.
+Invariant: a token's output depends on its query and its visible keys only, but for the order of sums: keys
+are walked in tiles of fixed size, a decoding row's in splits whose length follows from its own context and
+from the shortest that the launch asks for.
 
 A program holds the queries of one KV head: of `BM // G` tokens, G query heads each. Softmax runs in base 2
 and is online over tiles (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao and
@@ -43,9 +44,9 @@ def find_sequence(query_starts, place, sequences, BQ: tl.constexpr):
 
 
 @triton.jit
-def split_size(context, LEAST: tl.constexpr, MOST: tl.constexpr):
-    """Keys of one split of a row with so many: LEAST times a power of two, so that there are at most MOST."""
-    size = LEAST
+def split_size(context, least, MOST: tl.constexpr):
+    """Keys of one split of a row with so many: `least` times a power of two, for at most MOST splits."""
+    size = least
     while size * MOST < context:
         size *= 2
     return size
@@ -124,38 +125,40 @@ def walk(
 
 @triton.jit
 def _keys_of(
-    context, length, offset, window, split, BQ: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr,
-    MOST: tl.constexpr, decode: tl.constexpr,
+    context, length, offset, window, split, least, BQ: tl.constexpr, TILE: tl.constexpr, MOST: tl.constexpr,
+    decode: tl.constexpr,
 ):  # fmt: skip
     """The first key (of a whole tile) that a program sees, and the end; offset: of its first query."""
     lowest = tl.maximum(context - length + offset - window + 1, 0) if window > 0 else 0
     first = lowest // TILE * TILE
     last = tl.minimum(context - length + offset + BQ, context)
     if decode:
-        size = split_size(context, LEAST, MOST)
+        size = split_size(context, least, MOST)
         first = tl.maximum(first, split * size)
         last = tl.minimum(last, (split + 1) * size)
     return first, last
 
 
-@triton.jit(do_not_specialize=["sequences", "table_stride", "window"])
+@triton.jit(do_not_specialize=["sequences", "table_stride", "window", "least"])
 def paged_attention_kernel(
     query, keys, values, key_scales, value_scales, block_tables, query_starts, context_lens, sinks, slopes,
     out, partial, token_stride, head_stride, sequences, table_stride, scale, softcap, window,
-    H: tl.constexpr, G: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    PK: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, TILE: tl.constexpr, LEAST: tl.constexpr,
-    MOST: tl.constexpr, quantized: tl.constexpr, has_sinks: tl.constexpr, has_slopes: tl.constexpr,
+    least, H: tl.constexpr, G: tl.constexpr, BS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    PK: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, TILE: tl.constexpr, MOST: tl.constexpr,
+    quantized: tl.constexpr, has_sinks: tl.constexpr, has_slopes: tl.constexpr,
     has_softcap: tl.constexpr, decode: tl.constexpr, precision: tl.constexpr, fixed: tl.constexpr,
     early: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
-    """decode: grid (S, H, splits), sequences with one query token, into partial; else (T // BQ + S, H, 1) and
-    those with more, into out.
+    """decode: grid (H, S, splits), sequences with one query token, into partial; else (T // BQ + S, H, 1) and
+    those with more, into out. So heads of a sequence are read together when decoding: a token's keys of all
+    heads are adjacent.
 
     query `[T, Hq, DK]` with any strides but the last, keys `[N, BS, H, DK]`, values `[N, BS, H, DV]`, scales
     `[N, BS, H] float32`, block_tables `[S, table_stride] int32`, query_starts `[S + 1] int32`, context_lens
     `[S] int32`, out `[T, Hq, DV]`.
     partial `[S, H, splits, G, DV + 2] float32`: sums, then their weight, then the largest logit (base 2).
-    PK, PV: DK and DV as powers of two. window 0: none. fixed: see walk. ahead: what no layer writes is read
+    least: keys of the shortest split, a multiple of TILE. PK, PV: DK and DV as powers of two. window 0: none.
+    fixed: see walk. ahead: what no layer writes is read
     before the kernel before has ended, too.
     """
     if ahead:
@@ -163,9 +166,9 @@ def paged_attention_kernel(
     else:
         follow(early)
     BQ: tl.constexpr = 1 if decode else BM // G
-    head = tl.program_id(1)
+    head = tl.program_id(0 if decode else 1)
+    place = tl.program_id(1 if decode else 0)
     split = tl.program_id(2)
-    place = tl.program_id(0)
     sequence = place if decode else find_sequence(query_starts, place, sequences, BQ)
     start = tl.load(query_starts + sequence)
     length = tl.load(query_starts + sequence + 1) - start
@@ -173,7 +176,7 @@ def paged_attention_kernel(
     tile = 0 if decode else place - (start // BQ + sequence)
     if ahead:
         table = block_tables + sequence.to(tl.int64) * table_stride
-        first, last = _keys_of(context, length, tile * BQ, window, split, BQ, TILE, LEAST, MOST, decode)
+        first, last = _keys_of(context, length, tile * BQ, window, split, least, BQ, TILE, MOST, decode)
         block = tl.load(table + tl.maximum(tl.minimum(first, last - 1), 0) // BS)
         wait(early)  # every program waits, or the next kernel would not
     if (length == 1) if decode else ((length > 1) & (tile * BQ < length)):
@@ -189,7 +192,7 @@ def paged_attention_kernel(
         )
         q = tl.load(q_at + dk[None, :], mask=real[:, None] & (dk < DK)[None, :], other=0.0)
         if not ahead:
-            first, last = _keys_of(context, length, tile * BQ, window, split, BQ, TILE, LEAST, MOST, decode)
+            first, last = _keys_of(context, length, tile * BQ, window, split, least, BQ, TILE, MOST, decode)
             block = first
         # whole tiles that every query of this program sees need no mask
         seen = tl.minimum(last, context - length + tile * BQ + 1)
@@ -203,7 +206,7 @@ def paged_attention_kernel(
         factor = scale if has_softcap else scale * LOG2E
         if not ahead:
             table = block_tables + sequence.to(tl.int64) * table_stride
-        aligned: tl.constexpr = BS % TILE == 0 and LEAST % TILE == 0
+        aligned: tl.constexpr = BS % TILE == 0
         m, weight, total, block = walk(
             m, weight, total, block, q, first, whole, last, position, slope, factor, softcap, window, table,
             head, keys, values, key_scales, value_scales, dk, dv, H, BS, DK, DV, TILE, aligned, quantized,
@@ -233,11 +236,11 @@ def paged_attention_kernel(
             tl.store(o_at, result.to(out.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
 
 
-@triton.jit(do_not_specialize=["splits", "window"])
+@triton.jit(do_not_specialize=["splits", "window", "least"])
 def join_splits_kernel(
-    partial, query_starts, context_lens, sinks, out, splits, window,
-    H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr, LEAST: tl.constexpr,
-    MOST: tl.constexpr, has_sinks: tl.constexpr, early: tl.constexpr, ahead: tl.constexpr,
+    partial, query_starts, context_lens, sinks, out, splits, window, least,
+    H: tl.constexpr, G: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr, MOST: tl.constexpr,
+    has_sinks: tl.constexpr, early: tl.constexpr, ahead: tl.constexpr,
 ):  # fmt: skip
     """Grid (S, H * G): the outputs of sequences with one query token, from what their splits left."""
     if ahead:
@@ -251,7 +254,7 @@ def join_splits_kernel(
     if ahead:
         wait(early)
     if length == 1:
-        size = split_size(context, LEAST, MOST)
+        size = split_size(context, least, MOST)
         first = (tl.maximum(context - window, 0) if window > 0 else 0) // size
         dv = tl.arange(0, PV)
         m = tl.full([1], NEVER, tl.float32)
