@@ -2,6 +2,7 @@
 #
 #   make serve ARGS="--port 9000"        arguments of `megpt serve`
 #   make test ARGS="-m slow -k paged"    arguments of pytest
+#   make test JOBS=0                     in one process, say for a debugger
 #   make venv PYTHON=python3.12          another interpreter (3.11 or newer)
 #   make venv TORCH_INDEX_URL=...        another package index for torch, such as PyTorch's CPU-only one
 #                                        (its install page gives the address): the default build for
@@ -15,6 +16,8 @@ VENV ?= .venv
 PYTHON ?=
 TORCH_INDEX_URL ?=
 ARGS ?=
+# Processes that share the tests; each uses about one core.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -38,7 +41,7 @@ serve: $(STAMP) ## Serve the bundled model on http://127.0.0.1:8000
 	@$(BIN)/megpt serve $(ARGS)
 
 test: $(STAMP) ## Run the tests (CPU, offline)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: lint types layers ## All static checks: lint and formatting, types, import layers
 

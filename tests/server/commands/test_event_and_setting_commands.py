@@ -21,18 +21,6 @@ from tests.server.staged_models import ADMIN, Start
 Megpt = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def megpt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Megpt:
-    """Runs a command with the admin key in its environment."""
-    monkeypatch.setenv("MEGPT_ADMIN_KEY", ADMIN)
-
-    def run(*args: str) -> tuple[int, str, str]:
-        code = main(args)
-        return code, *capsys.readouterr()
-
-    return run
-
-
 # ---- set
 
 

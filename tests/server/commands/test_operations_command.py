@@ -12,21 +12,9 @@ import pytest
 from memory_efficient_gpt_server.cli import main
 from memory_efficient_gpt_server.commands.operations import _in_full, _row
 from tests.server.registry.fake_engines import FakeHost
-from tests.server.staged_models import ADMIN, Start
+from tests.server.staged_models import Start
 
 Megpt = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def megpt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Megpt:
-    """Runs a command with the admin key in its environment."""
-    monkeypatch.setenv("MEGPT_ADMIN_KEY", ADMIN)
-
-    def run(*args: str) -> tuple[int, str, str]:
-        code = main(args)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_operations_are_a_table_the_newest_first(stage: Start, megpt: Megpt) -> None:
