@@ -34,7 +34,7 @@ from memory_efficient_gpt.worker import PRELOAD_ENVIRONMENT, LoadEngine, load_en
 
 logger = logging.getLogger(__name__)
 
-PRELOAD_MODULE: Final = "memory_efficient_gpt.worker_preload"
+PRELOAD_MODULES: Final = ("memory_efficient_gpt.fork_server_exit", "memory_efficient_gpt.worker_preload")
 EXIT_GRACE_S: Final = 2.0
 CLOSE_GRACE_S: Final = 5.0
 
@@ -46,7 +46,7 @@ def start_fork_server() -> None:
     """
     for name, value in PRELOAD_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOAD_MODULE])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOAD_MODULES))
     resource_tracker.ensure_running()  # it would unblock the interrupts below
     with _engine_on_python_path(), _interrupts_blocked():
         forkserver.ensure_running()
