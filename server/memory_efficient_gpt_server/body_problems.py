@@ -81,7 +81,7 @@ def _sentence(item: Mapping[str, Any]) -> str:
     if kind == "extra_forbidden":
         return f"{path} is not a field that is known here. Check its spelling or leave it out."
     text = message.replace("Input should be", "must be").replace("Input should", "should")
-    text = re.sub(r"^(String|List|Dictionary) should", "should", text)
+    text = re.sub(r"^(String|List|Dictionary|Tuple) should", "should", text)
     return f"{path} {text}, got {short(item['input'])}."
 
 

@@ -301,7 +301,15 @@ def _model_problems(settings: Settings) -> list[str]:
     problems: list[str] = []
     models = list(settings.models)
     if settings.models_dir is not None:
-        models += models_in(settings.models_dir, settings._folder_load, problems)
+        listed = {model.id for model in models}
+        found = models_in(settings.models_dir, settings._folder_load, problems)
+        problems += [
+            f"models_dir has a folder {model.id!r}, which is the id of a model under `models`; rename the "
+            "folder, or give that model another id."
+            for model in found
+            if model.id in listed
+        ]
+        models += [model for model in found if model.id not in listed]
     if settings.memory_budget_bytes is None:
         problems += [
             f"model {model.id} sets {', '.join(given)}, which needs memory_budget_bytes: without a budget "

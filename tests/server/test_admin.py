@@ -234,7 +234,7 @@ def test_a_load_for_which_nobody_may_leave_is_refused_with_the_plan(stage: Start
     ("body", "status", "param", "said"),
     [
         ({}, 400, "model", "model is required, or loads"),
-        ({"loads": []}, 400, "loads", "at least 1 item"),
+        ({"loads": []}, 400, "loads", "loads should have at least 1 item"),
         ({"loads": [{"model": "A"}] * 65}, 400, "loads", "at most 64 items"),
         ({"model": "A", "loads": [{"model": "B"}]}, 400, "loads", "Leave model out, or put it into loads"),
         ({"optimizations": {}, "loads": [{"model": "B"}]}, 400, "loads", "Leave optimizations out"),

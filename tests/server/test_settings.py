@@ -174,6 +174,15 @@ def test_models_from_the_environment() -> None:
     assert load_settings({}, {"MEGPT_MODELS": text}).settings.models[0].dtype == "float32"
 
 
+def test_a_folder_that_has_a_models_id_is_named(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "demo"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    told = problems_of({"models": ["demo"], "models_dir": tmp_path}, {})
+    assert "models_dir has a folder 'demo', which is the id of a model under `models`" in told
+    assert "2 models" not in told
+
+
 def test_wrong_models_are_problems(tmp_path: Path) -> None:
     assert "2 models have the id 'demo'" in problems_of({"models": ["demo", "demo"]}, {})
     assert "not a folder" in problems_of({"models_dir": tmp_path / "none"}, {})
