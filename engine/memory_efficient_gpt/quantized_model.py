@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, Unpack, cast, overload
 
 import torch
 
@@ -69,6 +69,13 @@ class QuantizedModel:
         self._lent = LentModule(model, tokenizer, config, folder)
         if present_schemes(model) and cpu_kernels(config, model.device) is not None:
             fuse(model)  # at once, so that calls give the same before and after the paged cache is asked for
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Raises TypeError: what generates holds memory, and compiled code, of this process."""
+        raise TypeError(
+            "a QuantizedModel can't be copied or pickled. Copy its `model` (copy.deepcopy) and give it to "
+            "QuantizedModel.from_model, or save it with save_pretrained(folder)."
+        )
 
     @classmethod
     def from_pretrained(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle  # noqa: TID251  # people do, and are told
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(IDS).logits.float()
     return result
+
+
+def native_layers(module: Any) -> int:
+    return sum(getattr(part, "packed_weight", None) is not None for part in module.modules())
 
 
 def loaded_by_transformers(folder: Path, **options: Any) -> Any:
@@ -105,3 +111,30 @@ def test_a_folder_without_its_tokenizer_does_not_stay(
     with pytest.raises(MegptError, match="No space left on device"):
         model.save_pretrained(tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_dict_that_is_loaded_changes_neither_results_nor_how_they_are_computed() -> None:
+    model = QuantizedModel.from_pretrained("demo-draft", bits=4, **QUIET)
+    before, native = logits(model), native_layers(model.model)
+    model.model.load_state_dict(model.model.state_dict())
+    assert torch.equal(logits(model), before)
+    assert native_layers(model.model) == native
+
+
+def test_copies_of_the_module_compute_the_same_and_its_owner_is_not_copied() -> None:
+    model = QuantizedModel.from_pretrained("demo-draft", bits=4, **QUIET)
+    twin = copy.deepcopy(model.model)
+    assert type(twin) is type(model.model) and torch.equal(logits(twin), logits(model))
+    for way in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"can't be copied or pickled.*QuantizedModel\.from_model"):
+            way(model)
+
+
+def test_a_module_is_pickled_where_no_compiled_code_is_in_it() -> None:
+    model = QuantizedModel.from_pretrained("demo-draft", bits=4, native_kernels=False, **QUIET)
+    twin = pickle.loads(pickle.dumps(model.model))  # noqa: S301  # our own
+    assert type(twin) is type(model.model) and torch.equal(logits(twin), logits(model))
+    native = QuantizedModel.from_pretrained("demo-draft", bits=4, **QUIET)
+    if native_layers(native.model):
+        with pytest.raises(TypeError, match=r"can't be pickled; write it with save_pretrained"):
+            pickle.dumps(native.model)

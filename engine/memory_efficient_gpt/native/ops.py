@@ -112,6 +112,13 @@ class Kernels:
         """
         return self._experts(x, index, weights, gate_up, down, _ACTIVATIONS[activation], self.thread_limit())
 
+    def __reduce__(self) -> Any:
+        """Raises TypeError: another process has its own library."""
+        raise TypeError(
+            "a model that computes with native kernels can't be pickled; write it with "
+            "save_pretrained(folder), or pickle its state_dict()."
+        )
+
     def __deepcopy__(self, memo: dict[int, object]) -> Kernels:
         """Itself: a copied model shares the library."""
         return self

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final, Self, cast
 
 import torch
@@ -129,8 +130,17 @@ class QuantizedModule(nn.Module):
                 destination[prefix + PREFIX + name] = tensor
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
+        """Pack what was loaded as the weight before it was."""
+        kernels, packed = self.native_kernels, self.packed_weight
         self.drop_kernels()
         super()._load_from_state_dict(*arguments)
+        if kernels is not None:
+            self.use_kernels(kernels, pack_weight(self.quantized_weight, kernels))
+        elif isinstance(packed, TritonWeight):
+            from memory_efficient_gpt.quantization.triton_weights import pack_for_triton
+
+            weight = pack_for_triton(self.quantized_weight)
+            self.use_triton(replace(weight, deterministic=packed.deterministic))
 
 
 class QuantizedLinear(QuantizedModule, nn.Linear):

@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, SupportsIndex, cast
 
 from torch import nn
 
@@ -53,8 +53,21 @@ def _saving(own: Any) -> type[nn.Module]:
             options["save_original_format"] = False  # names are those of the modules that hold the codes
             own.save_pretrained(self, save_directory, *arguments, **options)
 
-    names = {"__module__": own.__module__, "save_pretrained": save_pretrained, "saves_as_stored": True}
+    names = {
+        "__module__": own.__module__, "save_pretrained": save_pretrained, "saves_as_stored": True,
+        "__reduce_ex__": _reduce,
+    }  # fmt: skip
     return type(own.__name__, (own,), names)
+
+
+def _reduce(model: Any, protocol: SupportsIndex) -> tuple[Any, ...]:
+    """For pickle and copy, which would look for the class under its name and find transformers'."""
+    (own,) = type(model).__bases__
+    return _made_anew, (own,), vars(model).copy()
+
+
+def _made_anew(own: Any) -> nn.Module:
+    return object.__new__(_saving(own))
 
 
 @contextmanager

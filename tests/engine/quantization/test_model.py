@@ -259,8 +259,7 @@ def test_state_dicts_hold_one_layout_and_load_bit_for_bit(kernels: Kernels, with
     state = model.state_dict()
     assert "model.layers.0.self_attn.q_proj.weight_codes" in state
     other.load_state_dict(state)
-    if with_kernels:
-        give_kernels(other, kernels)
+    assert all((module.packed_weight is not None) == with_kernels for module in quantized_modules(other))
     assert torch.equal(logits(other), logits(model))
 
 
