@@ -31,14 +31,18 @@ class Swaps:
         self.left_for[key] = frozenset(waiting) or None
 
     def started(self, key: VariantKey, new: RegistryState, now_s: float) -> None:
-        """It is being loaded or woken. If it had left for others, none of those may have been able to."""
+        """It is being loaded or woken. If it had left for others, these may not have been able to: one of
+        those that come before it by priority anyway, or all, since any may be the one that it left for."""
         waiting = self.left_for.get(key) or frozenset()
         if any(k not in new.queue for k in waiting):  # refused in this very step
             waiting = frozenset()
-        for other in waiting:
-            assert not self._could_have(other, key, new, now_s), (
-                f"{key} left for others and comes back before {other}, which could have been loaded"
-            )
+        able = [other for other in waiting if self._could_have(other, key, new, now_s)]
+        own = new.entries[key.model_id].priority
+        overtaken = [other for other in able if new.entries[other.model_id].priority >= own]
+        assert not overtaken and (not able or len(able) < len(waiting)), (
+            f"{key} left for others and comes back before {(overtaken or able)[0]}, which could have been "
+            "loaded"
+        )
         self._started.add(key)
 
     def after(self, new: RegistryState) -> None:

@@ -53,6 +53,7 @@ from memory_efficient_gpt_server.registry.records import RegistryState
 from memory_efficient_gpt_server.registry.states import State
 from memory_efficient_gpt_server.registry.variants import VariantKey
 from tests.server.registry.audited_failures import Failures
+from tests.server.registry.audited_line import Line
 from tests.server.registry.audited_swaps import Swaps
 from tests.server.registry.fake_workers import FakeWorkers
 from tests.server.registry.kv_rules import at_limit, beyond_limit, check_spared
@@ -78,7 +79,7 @@ class Auditor:
     """Of those who ever waited, those for whom others may leave."""
     relimited: set[VariantKey] = field(default_factory=set)
     beyond_since_s: dict[VariantKey, float] = field(default_factory=dict)
-    first_in_line: tuple[VariantKey, float] | None = None
+    line: Line = field(default_factory=Line)
     failures: Failures = field(default_factory=Failures)
     swaps: Swaps = field(default_factory=Swaps)
     counts: Counter[str] = field(default_factory=Counter)
@@ -198,16 +199,8 @@ class Auditor:
         Soon: after a load under way, the longest use and residency of victims, their unloading, and a churn
         window.
         """
-        order = state.queue.in_order(now_s, state.policy.patience_s, lambda key: 0)
-        first = next((k for k in order if state.records[k].state in (State.QUEUED, State.ASLEEP)), None)
-        if first is None or not state.queue.impatient(first, now_s, state.policy.patience_s):
-            self.first_in_line = None
-        elif self.first_in_line is None or self.first_in_line[0] != first:
-            self.first_in_line = (first, now_s)
-        else:
-            waited_s = now_s - self.first_in_line[1]
-            bound_s = self.longest_use_s + 30.0 + 2 * self.tick_s + state.policy.churn_window_s
-            assert waited_s <= bound_s, f"{first} is first in line for {waited_s} s"
+        bound_s = self.longest_use_s + 30.0 + 2 * self.tick_s + state.policy.churn_window_s
+        self.line.check(state, now_s, bound_s)
 
     # ---- rules
 
