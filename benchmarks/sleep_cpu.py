@@ -81,7 +81,17 @@ def play(client: httpx.Client, model: str, rounds: int, console: Console) -> dic
     """All rounds. Raises RuntimeError if an answer differs."""
     _, expected = first_token(client, model)
     found: dict[str, list[float]] = {
-        name: [] for name in ("sleep_s", "asleep_s", "unloaded_s", "ready_s", "awake_bytes", "asleep_bytes")
+        name: []
+        for name in (
+            "sleep_s",
+            "asleep_s",
+            "unload_s",
+            "unloaded_s",
+            "swap_s",
+            "ready_s",
+            "awake_bytes",
+            "asleep_bytes",
+        )
     }
 
     def ask(name: str) -> None:
@@ -92,8 +102,9 @@ def play(client: httpx.Client, model: str, rounds: int, console: Console) -> dic
 
     with progress_bar(console) as bar:
         for _ in bar.track(range(rounds), description="rounds"):
-            operate(client, model, "unload")
+            found["unload_s"].append(operate(client, model, "unload"))
             ask("unloaded_s")
+            found["swap_s"].append(found["unload_s"][-1] + found["unloaded_s"][-1])
             fill(client, model)
             ask("ready_s")
             found["awake_bytes"].append(resident(client, model))
@@ -118,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=20, help="default: 20")
     parser.add_argument("--model", default="demo", help="default: demo")
+    parser.add_argument("--quantization", help="a scheme such as int4 (default: none)")
     parser.add_argument("--threads", type=int, default=1, help="of the model (default: 1)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "sleep_cpu.json")
     options = parser.parse_args(argv)
@@ -125,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {
         "memory_budget_bytes": BUDGET_BYTES, "log_level": "WARNING",
         "models": [{"id": "m", "model": options.model, "load": "on_demand", "device": "cpu",
-                    "num_kv_blocks": BLOCKS, "num_threads": options.threads}],
+                    "num_kv_blocks": BLOCKS, "num_threads": options.threads,
+                    "quantization": options.quantization}],
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         server = WatchedServer(settings, Path(folder), key)
@@ -138,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = {
         "machine": machine_facts(usable_cpus()), "versions": versions(), "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "model": options.model,
-        "threads": options.threads, "kv_blocks": BLOCKS, **summary(found),
-        "rounds": found,
+        "quantization": options.quantization, "threads": options.threads, "kv_blocks": BLOCKS,
+        **summary(found), "rounds": found,
     }  # fmt: skip
     write_record(record, options.output)
     console.print_json(data=summary(found))

@@ -200,7 +200,7 @@ class LLM:
                 self.engine.submit(request)
                 started.append(_Running(request, self._tokenizer, continues=continues))
                 self._running[request.id] = started[-1]
-        except Exception:
+        except BaseException:  # an interrupt, too, leaves nothing running
             self._leave(started)
             raise
         return started
