@@ -170,3 +170,20 @@ def test_public_names_are_exactly_these() -> None:
         assert getattr(memory_efficient_gpt, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         memory_efficient_gpt.nothing  # noqa: B018
+
+
+def test_an_interrupt_between_prompts_leaves_none_of_them_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM("demo-draft", num_kv_blocks=64, progress=False)
+    submit, taken = llm.engine.submit, list[str]()
+
+    def interrupted(request: Any) -> None:
+        if taken:
+            raise KeyboardInterrupt
+        taken.append(request.id)
+        submit(request)
+
+    monkeypatch.setattr(llm.engine, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["One", "Two"], max_tokens=4)
+    assert taken and not llm.engine.has_work
+    llm.close()
