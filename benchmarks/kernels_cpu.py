@@ -1,10 +1,12 @@
 """The native CPU kernels against torch, on this machine, in one run.
 
-Purpose: a table of times and ratios for attention, linear layers and row-wise kernels.
+Purpose: a table of times and ratios for attention, linear layers, row-wise kernels and quantized weights
+(these also without matrix tiles, where the CPU has them).
 Does not know: models, engines.
 Invariant: the two sides of a ratio are timed alternately, so that other load on the machine hits both.
 
-    python -m benchmarks.kernels_cpu [--only linear,attention,rows] [--threads N] [--seconds S] [--json FILE]
+    python -m benchmarks.kernels_cpu [--only linear,attention,rows,quantized] [--threads N] [--seconds S]
+        [--json FILE]
 """
 
 from __future__ import annotations
@@ -16,32 +18,41 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.nn import functional
 
 from memory_efficient_gpt.native.build import Unavailable
 from memory_efficient_gpt.native.ops import Kernels, load_kernels
+from memory_efficient_gpt.native.packed_weight import PackedWeight, pack
 
 LINEAR_SHAPES = ((5632, 2048), (2048, 5632), (2048, 2048))
 LINEAR_ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
+QUANTIZED_SHAPES = ((11264, 2048), (2048, 5632), (2048, 2048))
+QUANTIZED = {"int4-g128": (4, 128), "int8": (8, None)}
 CACHE_BYTES = 160 << 20  # weights in rotation, so that they come from memory and not from a cache
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 64, 16
 DECODE = ((1, 512), (8, 512), (32, 512), (1, 8192), (8, 4096))
 PREFILL = ((1, 512), (1, 1500), (1, 4096), (4, 256))
 
+Weight = TypeVar("Weight")
+
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the table. Times are the least of the run; `ratio` is of medians (torch / native)."""
+    """One line of the table. Times are the least of the run; `ratio` is of medians (other / native).
+
+    The other is torch, unless the case names one.
+    """
 
     group: str
     case: str
     native_us: float
-    torch_us: float
+    other_us: float
     ratio: float
     rate: float
     unit: str
@@ -50,12 +61,17 @@ class Result:
 def main() -> None:
     """Parse the command line, run, print, and write JSON where asked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels_cpu", description=__doc__)
-    parser.add_argument("--only", default="linear,attention,rows", help="groups, separated by commas")
+    parser.add_argument("--only", default="linear,attention,rows,quantized", help="groups, by commas")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads; default: torch's choice")
     parser.add_argument("--seconds", type=float, default=0.6, help="time for each line (default: 0.6)")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     options = parser.parse_args()
-    groups = {"linear": linear_cases, "attention": attention_cases, "rows": row_cases}
+    groups = {
+        "linear": linear_cases,
+        "attention": attention_cases,
+        "rows": row_cases,
+        "quantized": quantized_cases,
+    }
     unknown = set(options.only.split(",")) - set(groups)
     if unknown:
         parser.error(f"--only knows {', '.join(groups)}; got {', '.join(sorted(unknown))}")
@@ -65,13 +81,13 @@ def main() -> None:
     if isinstance(kernels, Unavailable):
         sys.exit(f"native kernels are unavailable: {kernels.reason}")
     print(f"{kernels.isa}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'case':52} {'native us':>10} {'torch us':>10} {'ratio':>6}  native rate")
+    print(f"{'case':52} {'native us':>10} {'other us':>10} {'ratio':>6}  native rate")
     results = []
     for name in options.only.split(","):
         for result in groups[name](kernels, options.seconds):
             results.append(result)
             print(
-                f"{result.group + ' ' + result.case:52} {result.native_us:10.1f} {result.torch_us:10.1f} "
+                f"{result.group + ' ' + result.case:52} {result.native_us:10.1f} {result.other_us:10.1f} "
                 f"{result.ratio:6.2f}  {result.rate:.1f} {result.unit}",
                 flush=True,
             )
@@ -106,13 +122,40 @@ def linear_cases(kernels: Kernels, seconds: float) -> Iterator[Result]:
 
 
 def apply_in_rotation(
-    linear: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    turn: int,
+    linear: Callable[[torch.Tensor, Weight], torch.Tensor], x: torch.Tensor, weights: list[Weight], turn: int
 ) -> torch.Tensor:
     """One layer's output, with another weight each turn."""
     return linear(x, weights[turn % len(weights)])
+
+
+def quantized_cases(kernels: Kernels, seconds: float) -> Iterator[Result]:
+    """The same with quantized w, against torch with bfloat16 w, and against AVX-512 on a CPU with AMX."""
+    without = load_kernels("avx512") if kernels.isa == "amx" else None
+    for name, (bits, group) in QUANTIZED.items():
+        for n, k in QUANTIZED_SHAPES:
+            count = 1 + CACHE_BYTES // (n * k * bits // 8)
+            weights = [quantized_weight(n, k, bits, group) for _ in range(count)]
+            again = [replace(weight, codes=weight.codes.clone()) for weight in weights]  # not in a cache yet
+            dense = [torch.randn(n, k).bfloat16() for _ in range(1 + CACHE_BYTES // (2 * n * k))]
+            for m in LINEAR_ROWS:
+                x = torch.randn(m, k).bfloat16()
+                own = partial(apply_in_rotation, kernels.quantized_linear, x, weights)
+                others = {"": partial(apply_in_rotation, functional.linear, x, dense)}
+                if isinstance(without, Kernels):
+                    others[" by avx512"] = partial(apply_in_rotation, without.quantized_linear, x, again)
+                for other, call in others.items():
+                    native, other_time, ratio = compare(own, call, seconds)
+                    case = f"{name} M={m} N={n} K={k}{other}"
+                    yield Result(
+                        "quantized", case, native, other_time, ratio, 2e-3 * m * n * k / native, "GOP/s"
+                    )
+
+
+def quantized_weight(n: int, k: int, bits: int, group: int | None) -> PackedWeight:
+    """Random codes and scales, symmetric."""
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+    scales = (torch.rand(n, k // group if group else 1) * 0.01).half()
+    return pack(codes, scales, None, 1.0, bits=bits, group_size=group)
 
 
 def attention_cases(kernels: Kernels, seconds: float) -> Iterator[Result]:

@@ -213,26 +213,37 @@ def _fuse_rotary(
 def _judge_rotary(own: Callable[..., Any], kernels: LayerKernels, like: torch.Tensor) -> str | dict[str, Any]:
     """`with_native_rotary`'s options if the kernel turns as the model's function does, or why it does not."""
     limit = TOLERANCES[like.dtype]
+    whole, part = _rotary_inputs(like, 16), _rotary_inputs(like, 12)
     try:
-        worst = _rotary_difference(own, kernels, like, 16)
+        worst = _rotary_difference(own, kernels, whole)
+        partial = _takes(own, part) and _rotary_difference(own, kernels, part) <= limit
     except Exception as error:  # noqa: BLE001  # Triton's compiler has errors of its own
         return f"its function could not be tried ({_said(error)})"
     if not worst <= limit:
         return f"the kernel's result differs by {worst:.2g} (limit {limit:.2g})"
+    return {"partial": partial}
+
+
+def _rotary_inputs(like: torch.Tensor, turned: int) -> tuple[torch.Tensor, ...]:
+    """Queries and keys with heads of 16 elements; cosines and sines of the first `turned` of them."""
+    query, key = draw(1, 5, 4, 16, like=like).transpose(1, 2), draw(1, 5, 2, 16, like=like).transpose(1, 2)
+    return query, key, draw(1, 5, turned, like=like), draw(2, 5, turned, like=like)[1:]
+
+
+def _takes(own: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> bool:
+    """Whether a model's own function does not refuse `inputs`: many are for whole heads only."""
     try:
-        return {"partial": _rotary_difference(own, kernels, like, 12) <= limit}
-    except Exception:  # noqa: BLE001  # a function for whole heads only
-        return {"partial": False}
+        own(*inputs)
+    except Exception:  # noqa: BLE001  # models refuse in their own ways, most by adding unlike shapes
+        return False
+    return True
 
 
 def _rotary_difference(
-    own: Callable[..., Any], kernels: LayerKernels, like: torch.Tensor, part: int
+    own: Callable[..., Any], kernels: LayerKernels, inputs: tuple[torch.Tensor, ...]
 ) -> float:
-    """Where the first `part` of a head's 16 elements turn."""
-    query, key = draw(1, 5, 4, 16, like=like).transpose(1, 2), draw(1, 5, 2, 16, like=like).transpose(1, 2)
-    cos, sin = draw(1, 5, part, like=like), draw(2, 5, part, like=like)[1:]
-    want = own(query, key, cos, sin)
-    got = native_rotary(kernels, own, partial=True)(query, key, cos, sin)
+    want = own(*inputs)
+    got = native_rotary(kernels, own, partial=True)(*inputs)
     return max(relative_difference(g, w) for g, w in zip(got, want, strict=True))
 
 

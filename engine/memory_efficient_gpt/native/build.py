@@ -9,7 +9,7 @@ The kernels have threads of their own instead of OpenMP's: at the end of every p
 for all its threads to get a core, which on a busy machine takes 15 ms for work of 0.3 ms (see pool.cpp).
 
 The cache folder is $MEGPT_CACHE_DIR/native, or ~/.cache/memory_efficient_gpt/native. $CXX names the
-compiler. $MEGPT_NATIVE_ISA (avx512, avx2, portable) forces an instruction set below the CPU's own.
+compiler. $MEGPT_NATIVE_ISA (amx, avx512, avx2, portable) forces an instruction set below the CPU's own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Final, Literal, cast, get_args
 
 logger = logging.getLogger(__name__)
 
-Isa = Literal["avx512", "avx2", "portable"]
+Isa = Literal["amx", "avx512", "avx2", "portable"]
 
 SOURCE_DIR: Final = Path(__file__).parent / "src"
 SOURCES: Final = tuple(
@@ -67,7 +67,8 @@ _FLAGS: Final = (
 )
 _ISA_FLAGS: Final[dict[Isa | None, tuple[str, ...]]] = {
     None: ("-march=native",),
-    "avx512": ("-march=native",),
+    "amx": ("-march=native",),
+    "avx512": ("-march=native", "-mno-amx-int8"),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": ("-DMEGPT_PORTABLE",),
 }

@@ -62,7 +62,7 @@ def _kernels_of(library: NativeLibrary) -> Kernels:
 
 
 class Kernels:
-    """The library's functions. `isa` is "avx512", "avx2" or "portable". Safe to share between threads.
+    """The library's functions. `isa` is "amx", "avx512", "avx2" or "portable". Safe to share between threads.
 
     num_threads: threads of a call; None follows torch.get_num_threads(). deterministic: a row's result never
     depends on how many others there are.

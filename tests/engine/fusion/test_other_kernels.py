@@ -148,6 +148,18 @@ def test_a_kernel_that_cannot_be_compiled_is_dropped_with_the_reason() -> None:
     assert report.replaced == {"gated_mlp": 2, "rotary": 2}
 
 
+def test_a_kernel_that_fails_where_parts_of_heads_turn_is_dropped_with_the_reason() -> None:
+    class Broken(TorchKernels):
+        def rotate(self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+            if cos.shape[-1] < query.shape[-1]:
+                raise OSError("no room")
+            return super().rotate(query, key, cos, sin)
+
+    assert fuse(prepared("llama"), Broken()).replaced["rotary"] == 2, "its heads turn whole"
+    report = fuse(prepared("phi3"), Broken())
+    assert report.dropped == {("rotary", "its function could not be tried (OSError: no room)"): 2}
+
+
 def test_tensors_of_another_device_go_to_the_layers_own_forward() -> None:
     kernels = TorchKernels()
     model = prepared("llama")

@@ -15,8 +15,10 @@ from memory_efficient_gpt.native import build
 from memory_efficient_gpt.native.build import NativeLibrary, Unavailable, build_library, load_library
 
 SOURCE = """
-#include "simd.h"
-extern "C" __attribute__((visibility("default"))) const char* megpt_isa(void) { return MEGPT_ISA; }
+#include "amx.h"
+extern "C" __attribute__((visibility("default"))) const char* megpt_isa(void) {
+    return megpt::instruction_set();
+}
 extern "C" __attribute__((visibility("default"))) int answer(void) { return ANSWER; }
 """
 
@@ -66,8 +68,12 @@ def test_a_changed_source_or_header_is_another_library(cache: Path, source: Path
 def test_an_instruction_set_can_be_forced_below_the_cpus_own(cache: Path, source: Path) -> None:
     assert built(source, isa="portable").isa == "portable"
     best = built(source).isa
-    refused = build_library("answer", [source], isa="avx512")
-    assert best == "avx512" or (isinstance(refused, Unavailable) and "avx512" in refused.reason)
+    for isa in ("amx", "avx512"):
+        forced = build_library("answer", [source], isa=isa)
+        if isinstance(forced, Unavailable):
+            assert f"asks for {isa}" in forced.reason and best != isa
+        else:
+            assert forced.isa == isa and best in ("amx", isa)
 
 
 def test_the_environment_forces_an_instruction_set(
@@ -78,7 +84,7 @@ def test_the_environment_forces_an_instruction_set(
     monkeypatch.setenv("MEGPT_NATIVE_ISA", "sse9")
     refused = load_library()
     assert isinstance(refused, Unavailable)
-    assert "avx512, avx2, portable" in refused.reason
+    assert "amx, avx512, avx2, portable" in refused.reason
     assert "'sse9'" in refused.reason
 
 

@@ -62,7 +62,7 @@ def rounded(x: torch.Tensor, span: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("rows", [1, 5, 13, 40])
+@pytest.mark.parametrize("rows", [1, 5, 13, 40, 150])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_float64_of_the_rounded_activations(
     kernels: Kernels, case: tuple[int, int, int, int | None, bool], rows: int, dtype: torch.dtype

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "amx.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -270,4 +271,4 @@ MEGPT_EXPORT void megpt_linear(void* y, const void* x, const void* w, const void
         megpt::linear<float>(y, x, w, bias, M, N, K, x_stride, threads);
 }
 
-MEGPT_EXPORT const char* megpt_isa(void) { return MEGPT_ISA; }
+MEGPT_EXPORT const char* megpt_isa(void) { return megpt::instruction_set(); }

@@ -10,27 +10,13 @@
 //   4 bits: byte 4 r + j of unit v has row r's input 8 v + j in its low half, 8 v + 4 + j in its high half.
 //   8 bits: byte 4 r + j of unit v has row r's input 4 v + j.
 
-#include <algorithm>
-#include <cmath>
-
-#include "parallel.h"
-#include "simd_int8.h"
-
-extern "C" struct MegptQuantizedSizes {
-    int64_t M, N, K;
-    int64_t bits;      // 4 or 8
-    int64_t span;      // inputs that share an activation step: a multiple of 8, at most 128
-    int64_t spans;     // K / span, rounded up; codes are padded to spans * span inputs
-    int64_t per_group; // spans that share a weight scale
-    int64_t x_stride, dtype, threads;
-};
+#include "quantized_amx.h"
+#include "quantized_linear.h"
 
 namespace megpt {
 namespace {
 
-constexpr int kBlock = 16;                      // outputs of a block
 constexpr int kVectors = kBlock / W;            // vectors of a block
-constexpr int kUnit = 64;                       // bytes of a unit
 #if defined(MEGPT_AVX512)
 constexpr int kMaxRows = 12;                    // rows of x in a register tile
 #else
@@ -46,16 +32,8 @@ struct Panel {
     const int32_t* sum;
 };
 
-struct Problem {
-    void* y;
-    const void* x;
-    const uint8_t* codes;
-    const uint16_t* scales;   // [blocks][groups][16] half
-    const uint16_t* offsets;  // likewise, scale * zero; null: zero is the middle code
-    const void* bias;         // [N] or null
-    float unit;               // what all scales and offsets are multiplied by
-    MegptQuantizedSizes s;
-    int64_t panels, groups, block_bytes;
+struct Problem : QuantizedProblem {
+    int64_t panels;
     int32_t* q;
     float* step;
     int32_t* sum;
@@ -66,33 +44,6 @@ struct Problem {
     }
 };
 
-// One row's span: q into `out`, returns the step; the sum of q into *sum. What is not finite gives NaN.
-template <class E>
-float round_span(const E* x, int64_t n, int64_t span, float unit, int8_t* out, int32_t* sum) {
-    Vf largest = zero();
-    Vf check = zero();  // stays 0 unless an element is NaN or infinite
-    int64_t k = 0;
-    for (; k + W <= n; k += W) {
-        const Vf v = load(x + k);
-        largest = max(largest, abs(v));
-        check = fma(v, zero(), check);
-    }
-    float tail = reduce_max(largest), bad = reduce_add(check);
-    for (; k < n; ++k) {
-        const float v = to_float(x[k]);
-        tail = std::max(tail, std::fabs(v));
-        bad += v * 0.0f;
-    }
-    const float inverse = tail > 0x1p-120f ? 127.0f / tail : 0.0f;
-    for (k = 0; k + W <= n; k += W) store(out + k, mul(load(x + k), set1(inverse)));
-    if (k < n) store_n(out + k, mul(load_n(x + k, n - k), set1(inverse)), n - k);
-    std::memset(out + n, 0, static_cast<size_t>(span - n));
-    int32_t total = 0;
-    for (int64_t i = 0; i < span; ++i) total += out[i];
-    *sum = total;
-    return tail / 127.0f * unit + bad;
-}
-
 template <class E>
 void round_panel(const Problem& p, int64_t panel) {
     const int64_t first = p.panel_start(panel), rows = p.panel_start(panel + 1) - first;
@@ -102,28 +53,14 @@ void round_panel(const Problem& p, int64_t panel) {
     for (int64_t r = 0; r < rows; ++r) {
         const E* x = static_cast<const E*>(p.x) + (first + r) * p.s.x_stride;
         for (int64_t i = 0; i < p.s.spans; ++i) {
-            const int64_t n = std::min(p.s.span, p.s.K - i * p.s.span), at = first * p.s.spans + i * rows + r;
+            const int64_t at = first * p.s.spans + i * rows + r;
             int8_t* out = rows == 1 ? reinterpret_cast<int8_t*>(q + i * words) : held;
-            p.step[at] = round_span(x + i * p.s.span, n, p.s.span, p.unit, out, p.sum + at);
+            p.step[at] = round_span(x + i * p.s.span, p.span_inputs(i), p.s.span, p.unit, out);
+            p.sum[at] = sum_of(out, p.s.span);
             if (rows == 1) continue;
             for (int64_t k = 0; k < words; ++k) std::memcpy(q + (i * words + k) * rows + r, held + 4 * k, 4);
         }
     }
-}
-
-template <class E>
-void store_rows(const Problem& p, Vf value, int64_t row, int64_t column) {
-    E* y = static_cast<E*>(p.y) + row * p.s.N + column;
-    const int64_t n = std::min<int64_t>(p.s.N - column, W);
-    if (n <= 0) return;
-    if (p.bias != nullptr) {
-        const E* bias = static_cast<const E*>(p.bias) + column;
-        value = add(value, n == W ? load(bias) : load_n(bias, n));
-    }
-    if (n == W)
-        store(y, value);
-    else
-        store_n(y, value, n);
 }
 
 // MR rows of x by one block of w.
@@ -132,8 +69,9 @@ void tile(const Problem& p, int64_t first_row, int64_t block) {
     const Panel panel = p.panel(first_row);
     const int64_t units = p.s.span * BITS / 32;
     const bool symmetric = p.offsets == nullptr;
+    const int64_t groups = p.groups();
     for (int h = 0; h < kVectors; ++h) {
-        const uint8_t* w = p.codes + block * p.block_bytes + h * W * 4;
+        const uint8_t* w = p.codes + block * p.block_bytes() + h * W * 4;
         const int32_t* q = panel.q;
         Vf total[MR];
 #pragma GCC unroll 16
@@ -160,7 +98,7 @@ void tile(const Problem& p, int64_t first_row, int64_t block) {
                     q += MR;
                 }
             }
-            const int64_t at = (block * p.groups + i / p.s.per_group) * kBlock + h * W;
+            const int64_t at = (block * groups + i / p.s.per_group) * kBlock + h * W;
             const Vf scale = load_half(p.scales + at);
 #pragma GCC unroll 16
             for (int m = 0; m < MR; ++m) total[m] = fma(mul(scale, set1(step[m])), to_float(acc[m]), total[m]);
@@ -172,7 +110,7 @@ void tile(const Problem& p, int64_t first_row, int64_t block) {
             }
         }
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) store_rows<E>(p, total[m], first_row + m, block * kBlock + h * W);
+        for (int m = 0; m < MR; ++m) store_outputs<E>(p, total[m], first_row + m, block * kBlock + h * W);
     }
 }
 
@@ -185,14 +123,11 @@ void tile_of(int64_t rows, const Problem& p, int64_t first_row, int64_t block) {
 
 template <class E, int BITS>
 void multiply(Problem& p) {
-    const int64_t blocks = ceil_div(p.s.N, kBlock);
-    p.block_bytes = p.s.spans * p.s.span * kBlock * BITS / 8;
-    const double bytes = static_cast<double>(blocks) * static_cast<double>(p.block_bytes);
+    const int64_t blocks = p.blocks();
     // One thread's pace: 200 products a nanosecond, 20 bytes of codes.
-    const double work = bytes * 8 / BITS * static_cast<double>(p.s.M) / 200e3;
-    const int team = useful_threads(p.s.threads, std::max(work, bytes / 20e3));
+    const int team = useful_threads(p.s.threads, std::max(p.products() / 200e3, p.bytes() / 20e3));
     parallel_for(p.panels, p.panels >= 8 ? team : 1, [&](int64_t panel) { round_panel<E>(p, panel); });
-    int64_t step = std::max<int64_t>(kItemBytes / p.block_bytes, 1);
+    int64_t step = std::max<int64_t>(kItemBytes / p.block_bytes(), 1);
     step = std::min(step, ceil_div(blocks, 8 * team));
     parallel_for(ceil_div(blocks, step), team, [&](int64_t item) {
         const int64_t end = std::min(blocks, (item + 1) * step);
@@ -207,8 +142,10 @@ template <class E>
 void quantized_linear(Problem& p) {
     static thread_local Scratch scratch;
     if (p.s.M == 0 || p.s.N == 0) return;
+#if defined(MEGPT_AMX)
+    if (p.s.M >= kLeastAmxRows && amx_permitted()) return amx::multiply<E>(p);
+#endif
     p.panels = ceil_div(p.s.M, kMaxRows);
-    p.groups = ceil_div(p.s.spans, p.s.per_group);
     const size_t rows = static_cast<size_t>(p.s.M * p.s.spans);
     char* memory = static_cast<char*>(scratch.reserve(rows * (static_cast<size_t>(p.s.span) + 8)));
     p.q = reinterpret_cast<int32_t*>(memory);
