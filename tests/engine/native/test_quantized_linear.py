@@ -112,6 +112,22 @@ def test_zeros_strides_and_leading_shapes(kernels: Kernels) -> None:
     assert kernels.quantized_linear(torch.empty(0, 64), weight).shape == (0, 20)
 
 
+def test_torchs_own_products_stay_what_they_are_beside_ours(kernels: Kernels) -> None:
+    """Both may set up the CPU's matrix tiles, on the same thread."""
+    weights = [draw_weight(64, 512, 4, 128, symmetric=True), draw_weight(64, 96, 8, None, symmetric=False)]
+    x, dense = torch.randn(40, 512).bfloat16(), torch.randn(64, 512).bfloat16()
+
+    def products() -> list[torch.Tensor]:
+        ours = [
+            kernels.quantized_linear(x[:, : weight.num_inputs].contiguous(), weight) for weight in weights
+        ]
+        return [*ours, torch.nn.functional.linear(x, dense)]
+
+    first = products()
+    for _ in range(5):
+        assert all(torch.equal(*pair) for pair in zip(products(), first, strict=True))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [0, 17, 67])
 def test_what_is_not_finite_spoils_its_own_row_only(kernels: Kernels, bad: float, place: int) -> None:

@@ -45,6 +45,12 @@ struct alignas(64) Shapes {
         rows[tile] = static_cast<uint8_t>(height);
         row_bytes[tile] = static_cast<uint16_t>(bytes);
     }
+
+    // GCC's intrinsic says that it reads 8 of the 64 bytes, and what writes the others may be left out.
+    void load() const {
+        __asm__ volatile("" : : "m"(*this));
+        _tile_loadconfig(this);
+    }
 };
 
 // x in 8 bits: [tiles of rows][spans][16][span]; per tile, span and row the step and what makes up for codes that are
@@ -202,7 +208,7 @@ void multiply_all(const QuantizedProblem& p, const Rounded& x, int64_t tiles) {
     const Shapes shapes(p.s.span);
     const int64_t step = tiles == 1 ? 1 : kPartBlocks, blocks = p.blocks();
     parallel_for(ceil_div(blocks, step), team, [&](int64_t item) {
-        _tile_loadconfig(&shapes);
+        shapes.load();
         for (int64_t first = 0; first < tiles; first += kPartTiles)
             multiply_part<E, BITS, SYMMETRIC>(p, x, first, std::min(tiles, first + kPartTiles), item * step,
                                               std::min(blocks, (item + 1) * step));
