@@ -8,6 +8,7 @@ Invariant: keys and values are random and lie in shuffled blocks; times are insi
     python -m benchmarks.attention_gpu --out sweep.json --sweep    other sizes of launches, too
     python -m benchmarks.attention_gpu --out splits.json --splits  lengths of splits when decoding; a minute
     python -m benchmarks.attention_gpu --out fixed.json --deterministic    what fixed orders of sums cost
+    python -m benchmarks.attention_gpu --out prompts.json --prompts    by every kernel that works here
 
 8 KV heads of 4 query heads each, heads of 128, blocks of 64 tokens: a layer of an 8B Llama.
 """
@@ -28,7 +29,11 @@ from rich.progress import track
 from benchmarks.gpu_timing import copy_bandwidth, graph_us, require_triton
 from benchmarks.machine import accelerator_facts, versions
 from memory_efficient_gpt.attention.context import AttentionOptions, LayerCache, StepContext
+from memory_efficient_gpt.attention.flash_packages import TorchFlash, installed_packages
+from memory_efficient_gpt.attention.prompt_choice import Trial, seconds_by_kernel, usable_package
+from memory_efficient_gpt.attention.prompt_kernels import PromptKernel
 from memory_efficient_gpt.attention.triton import TritonBackend
+from memory_efficient_gpt.attention.whole_prompts import CudnnPrompts
 from memory_efficient_gpt.kv_cache.geometry import LayerKV
 
 if TYPE_CHECKING:
@@ -172,6 +177,33 @@ def compare_deterministic(save: Callable[[dict[str, Any]], None]) -> None:
             note(f"{outputs} x {inputs}, {rows} rows", *times)
 
 
+def compare_prompts(save: Callable[[dict[str, Any]], None]) -> None:
+    """One prompt, whole or behind twice as many tokens, by own kernels and by all others that work here."""
+    layer = LayerKV("", KV_HEADS, DIM, DIM, KV_HEADS * GROUP)
+    trial = Trial(TritonBackend(), [layer], BLOCK, torch.bfloat16, torch.device("cuda"))
+    packages, obstacles = installed_packages()
+    kernels: list[PromptKernel] = [CudnnPrompts(DIM, least=1)]
+    for package in (*packages, TorchFlash()):
+        found = usable_package(package, trial)
+        if isinstance(found, str):
+            obstacles.append(f"{package.name}: {found}")
+        else:
+            kernels.append(found)
+    for obstacle in obstacles:
+        Console().print(obstacle)
+    results: dict[str, Any] = {"obstacles": obstacles}
+    for later in (False, True):
+        for tokens in (256, 512, 1024, 2048, 4096, 8192):
+            times = seconds_by_kernel(trial, kernels, tokens, later=later)
+            pairs = tokens * (4 * tokens if later else 0) / 2 + tokens * tokens / 2
+            flops = 4 * DIM * KV_HEADS * GROUP * pairs
+            name = f"{'later' if later else 'whole'} {tokens}"
+            results[name] = {kind: {"us": s * 1e6, "tflops": flops / s / 1e12} for kind, s in times.items()}
+            words = [f"{kind} {s * 1e6:.0f} us {flops / s / 1e12:.0f} TFLOP/s" for kind, s in times.items()]
+            Console().print(f"{name:12} {', '.join(words)}")
+            save(results)
+
+
 def prompt_us(
     batch: int, length: int, dtype: torch.dtype, sizes: LaunchSizes | None = None, *, fixed: bool = False
 ) -> float:
@@ -277,6 +309,7 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="try other sizes of launches")
     parser.add_argument("--splits", action="store_true", help="try other lengths of splits")
     parser.add_argument("--deterministic", action="store_true", help="compare with sums in one order")
+    parser.add_argument("--prompts", action="store_true", help="prompts by every kernel that is installed")
     parser.add_argument("--commit", default="unknown", help="what is measured, where git can't say")
     arguments = parser.parse_args()
     require_triton()
@@ -291,6 +324,7 @@ def main() -> None:
         (arguments.sweep, sweep),
         (arguments.splits, sweep_splits),
         (arguments.deterministic, compare_deterministic),
+        (arguments.prompts, compare_prompts),
     ):
         what = other if wanted else what
     what(save)

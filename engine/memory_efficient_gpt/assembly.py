@@ -191,14 +191,11 @@ def build(
             notes = (*notes, *_fuse_on_cuda(model, layers, device, deterministic=config.deterministic))
     computed_in = model.dtype
     dtype = kv_dtype(config, computed_in, device)
-    backend, reason = choose_backend(
-        device,
-        computed_in,
-        dtype,
-        largest_dim=max(max(layer.key_dim, layer.value_dim) for layer in layers),
-        native=config.native_kernels,
-        deterministic=config.deterministic,
-    )
+    with apart(device):
+        backend, reason = choose_backend(
+            device, computed_in, dtype, layers=layers, block_size=kv_block_size(config, device),
+            native=config.native_kernels, deterministic=config.deterministic,
+        )  # fmt: skip
     notes = (*notes, reason, *decision.notes)
     graphs = config.cuda_graphs and backend.name == "triton"
     replays = choose_replays(config, backend)

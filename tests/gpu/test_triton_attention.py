@@ -8,7 +8,7 @@ import torch
 from memory_efficient_gpt.attention.context import StepContext
 from memory_efficient_gpt.attention.torch_backend import TorchBackend
 from memory_efficient_gpt.attention.triton import TritonBackend, obstacle
-from memory_efficient_gpt.attention.whole_prompts import LEAST_TOKENS, whole_prompts_obstacle
+from memory_efficient_gpt.attention.whole_prompts import LEAST_TOKENS, CudnnPrompts, whole_prompts_obstacle
 from tests.engine.attention.oracle import PagedStep, Shape, expected, make_step
 from tests.engine.attention.test_torch_backend import FEATURES, HEADS, STEPS, options_for
 
@@ -163,6 +163,6 @@ def test_long_prompts_by_cudnn_equal_those_by_our_kernel(dim: int) -> None:
     on_device(step)
     options = options_for("plain", 8)
     own = step.run(TritonBackend(), options)
-    got = step.run(TritonBackend(cudnn_dim=dim), options)
+    got = step.run(TritonBackend(prompt_kernels=[CudnnPrompts(dim)]), options)
     assert not torch.equal(got, own), "nothing was computed otherwise"
     assert float((got - own).abs().max()) < TOLERANCES[torch.bfloat16]

@@ -10,12 +10,13 @@ can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
 
 from memory_efficient_gpt.attention.context import AttentionOptions, LayerCache, StepContext
-from memory_efficient_gpt.attention.whole_prompts import attend_whole, whole_prompts
+from memory_efficient_gpt.attention.prompt_kernels import Piece, PromptKernel
 from memory_efficient_gpt.native.deferred_calls import DeferredTurn
 from memory_efficient_gpt.triton_kernels.availability import triton_obstacle
 
@@ -32,16 +33,20 @@ class TritonBackend:
     name = "triton"
 
     def __init__(
-        self, *, precision: str = "ieee", cudnn_dim: int | None = None, deterministic: bool = False
+        self,
+        *,
+        precision: str = "ieee",
+        prompt_kernels: Sequence[PromptKernel] = (),
+        deterministic: bool = False,
     ) -> None:
-        """precision: of products of float32; others have one only. cudnn_dim: of keys and values that
-        whole_prompts.py is used for, None for none.
+        """precision: of products of float32; others have one only. prompt_kernels: others' kernels for rows
+        with several tokens, which are asked in this order.
 
         deterministic: a token's output is the same bits whether it is decoded or part of any chunk; no prompt
-        is for cuDNN then.
+        is for other kernels then.
         """
         self._precision = precision
-        self._cudnn_dim = None if deterministic else cudnn_dim
+        self._prompt_kernels = () if deterministic else tuple(prompt_kernels)
         self._deterministic = deterministic
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, context: StepContext) -> None:
@@ -78,25 +83,35 @@ class TritonBackend:
             prompt_chunks,
         )
 
-        heads, value_dim = query.shape[1], cache.value.shape[3]
-        shape = (query.shape[0], heads, value_dim)
-        rows = context.block_tables.shape[0]
-        covered = context.host_query_lens is not None and sum(context.host_query_lens) == query.shape[0]
+        pieces = self._by_prompt_kernels(query, cache, context, options)
+        if len(pieces) == 1 and pieces[0].start == 0 and pieces[0].end == query.shape[0]:
+            return pieces[0].output
+        shape = (query.shape[0], query.shape[1], cache.value.shape[3])
+        lens, rows = context.host_query_lens, context.block_tables.shape[0]
+        covered = lens is not None and sum(lens) == query.shape[0]
         out = query.new_empty(shape) if covered else query.new_zeros(shape)
-        lens = context.host_query_lens
         if lens is None or context.max_query_len == 1 or 1 in lens:
             longest = context.max_context_len
             decode_rows(
                 query, cache, context, options, out, rows, longest, self._precision, fixed=self._deterministic
             )
-        dim = self._cudnn_dim
-        prompts = whole_prompts(context, cache, options, dim) if dim is not None else []
-        if prompts:
-            attend_whole(query, cache, context, options, out, prompts)
-        elif context.max_query_len > 1:
+        for piece in pieces:
+            out[piece.start : piece.end] = piece.output
+        if context.max_query_len > 1 and not pieces:
             launch = fixed_prompt_chunks if self._deterministic else prompt_chunks
             launch(query, cache, context, options, out, rows, self._precision)
         return out
+
+    def _by_prompt_kernels(
+        self, query: torch.Tensor, cache: LayerCache, context: StepContext, options: AttentionOptions
+    ) -> list[Piece]:
+        """All rows with several tokens by the first kernel that the step is for, or nothing."""
+        if context.max_query_len > 1:
+            for kernel in self._prompt_kernels:
+                pieces = kernel.attend(query, cache, context, options)
+                if pieces is not None:
+                    return pieces
+        return []
 
 
 def obstacle(

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from memory_efficient_gpt.attention.context import AttentionOptions, LayerCache, StepContext
+from memory_efficient_gpt.attention.prompt_kernels import Piece
 
 LEAST_TOKENS: Final = 2048
 """Measured on an H200, 32 query heads on 8 of keys, heads of 128: 267 to 550 TFLOP/s from there on, where our
@@ -43,13 +44,49 @@ class WholePrompt:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class CudnnPrompts:
+    """Implements PromptKernel. dim: of keys and values, for which `whole_prompts_obstacle` had none.
+
+    least: tokens of a prompt. step: each is padded to a multiple of it.
+    """
+
+    dim: int
+    least: int = LEAST_TOKENS
+    step: int = LENGTH_STEP
+    kernel: SDPBackend = SDPBackend.CUDNN_ATTENTION
+    name: str = "cuDNN"
+
+    def attend(
+        self, query: torch.Tensor, cache: LayerCache, context: StepContext, options: AttentionOptions
+    ) -> list[Piece] | None:
+        """See PromptKernel."""
+        prompts = whole_prompts(context, cache, options, self.dim, least=self.least)
+        return [self._piece(query, cache, context, options, prompt) for prompt in prompts] or None
+
+    def _piece(
+        self, query: torch.Tensor, cache: LayerCache, context: StepContext, options: AttentionOptions,
+        prompt: WholePrompt,
+    ) -> Piece:  # fmt: skip
+        tokens = prompt.end - prompt.start
+        length = -(-tokens // self.step) * self.step
+        pages = _pages(context, prompt, length, cache.key.shape[1])
+        key, value = (_in_one_piece(kept, pages, tokens, length) for kept in (cache.key, cache.value))
+        rows = query[prompt.start : prompt.end]
+        if tokens < length:
+            rows = pad(rows, (0, 0, 0, 0, 0, length - tokens))
+        with sdpa_kernel(self.kernel):
+            result = scaled_dot_product_attention(
+                rows.transpose(0, 1).unsqueeze(0), key, value, is_causal=True, scale=options.scale,
+                enable_gqa=True,
+            )  # fmt: skip
+        return Piece(prompt.start, prompt.end, result[0, :, :tokens].transpose(0, 1))
+
+
 def whole_prompts(
     context: StepContext, cache: LayerCache, options: AttentionOptions, dim: int, *, least: int = LEAST_TOKENS
 ) -> list[WholePrompt]:
-    """The step's prompts, if all rows with several tokens are whole and long; none if any is not.
-
-    dim: of keys and of values, for which `whole_prompts_obstacle` had none; layers with others get none.
-    """
+    """The step's prompts, if all rows with several tokens are whole and long; none if any is not."""
     lens, contexts = context.host_query_lens, context.host_context_lens
     if lens is None or contexts is None or cache.key.dtype not in _DTYPES:
         return []
@@ -66,37 +103,6 @@ def whole_prompts(
             found.append(WholePrompt(row, start, start + length))
         start += length
     return found
-
-
-def attend_whole(
-    query: torch.Tensor,
-    cache: LayerCache,
-    context: StepContext,
-    options: AttentionOptions,
-    out: torch.Tensor,
-    prompts: list[WholePrompt],
-    *,
-    kernel: SDPBackend = SDPBackend.CUDNN_ATTENTION,
-    step: int = LENGTH_STEP,
-) -> None:
-    """Write the outputs of those tokens into out `[T, Hq, Dv]`; query `[T, Hq, Dk]`, the cache is written.
-
-    step: each prompt is padded to a multiple of it.
-    """
-    for prompt in prompts:
-        tokens = prompt.end - prompt.start
-        length = -(-tokens // step) * step
-        pages = _pages(context, prompt, length, cache.key.shape[1])
-        key, value = (_in_one_piece(kept, pages, tokens, length) for kept in (cache.key, cache.value))
-        rows = query[prompt.start : prompt.end]
-        if tokens < length:
-            rows = pad(rows, (0, 0, 0, 0, 0, length - tokens))
-        with sdpa_kernel(kernel):
-            result = scaled_dot_product_attention(
-                rows.transpose(0, 1).unsqueeze(0), key, value, is_causal=True, scale=options.scale,
-                enable_gqa=True,
-            )  # fmt: skip
-        out[prompt.start : prompt.end] = result[0, :, :tokens].transpose(0, 1)
 
 
 def whole_prompts_obstacle(

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend
 import memory_efficient_gpt.attention.whole_prompts as module
 from memory_efficient_gpt.attention.context import AttentionOptions
 from memory_efficient_gpt.attention.torch_backend import TorchBackend
-from memory_efficient_gpt.attention.whole_prompts import WholePrompt, attend_whole, whole_prompts
+from memory_efficient_gpt.attention.whole_prompts import CudnnPrompts, WholePrompt, whole_prompts
 from tests.engine.attention.oracle import PagedStep, Shape, expected, make_step
 from tests.engine.attention.test_torch_backend import FEATURES, HEADS, options_for
 
@@ -73,19 +73,23 @@ def test_layers_with_other_sizes_than_were_tried_are_left_too() -> None:
 
 @pytest.mark.parametrize("padding", [1, 4, 7])
 @pytest.mark.parametrize("heads", HEADS)
-def test_outputs_equal_the_oracle_and_others_are_untouched(heads: str, padding: int) -> None:
+def test_outputs_equal_the_oracle(heads: str, padding: int) -> None:
     step = step_of([1, 5, 9], [7, 5, 9], heads=heads)
     options = options_for("plain", HEADS[heads][0])
     wanted = expected(step, options)
     backend = TorchBackend()
     backend.write(step.key, step.value, step.cache, step.context)
-    out = torch.full_like(step.query, 7.0)
-    attend_whole(
-        step.query, step.cache, step.context, options, out, found(step, options), kernel=SDPBackend.MATH,
-        step=padding,
-    )  # fmt: skip
-    assert (out[0] == 7.0).all()
-    assert float((out[1:].double() - wanted[1:]).abs().max()) < 2e-2
+    kernel = CudnnPrompts(step.shape.key_dim, least=3, step=padding, kernel=SDPBackend.MATH)
+    pieces = kernel.attend(step.query, step.cache, step.context, options)
+    assert pieces is not None and [(piece.start, piece.end) for piece in pieces] == [(1, 6), (6, 15)]
+    for piece in pieces:
+        assert float((piece.output.double() - wanted[piece.start : piece.end]).abs().max()) < 2e-2
+
+
+def test_a_step_that_is_not_for_it_is_left() -> None:
+    step = step_of([5, 4], [5, 9])
+    kernel = CudnnPrompts(step.shape.key_dim, least=3, kernel=SDPBackend.MATH)
+    assert kernel.attend(step.query, step.cache, step.context, PLAIN) is None
 
 
 def test_prompts_of_any_length_come_in_few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +102,6 @@ def test_prompts_of_any_length_come_in_few_lengths(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "scaled_dot_product_attention", watched)
     for length in (5, 6, 8):
         step = step_of([length], [length])
-        out = torch.zeros_like(step.query)
-        attend_whole(step.query, step.cache, step.context, PLAIN, out, found(step), step=8)
+        kernel = CudnnPrompts(step.shape.key_dim, least=3, step=8)
+        assert kernel.attend(step.query, step.cache, step.context, PLAIN) is not None
     assert len(seen) == 1, "shapes and strides are what a plan is for"
