@@ -40,6 +40,7 @@ UNIFORM: Sequence[tuple[str, Rounding]] = (
     ("int4-asym-g64", "search"), ("int4-asym-g64", "hqq"), ("fp8", "nearest"),
 )  # fmt: skip
 WEIGHTED = ("int4",)
+GPTQ = ("int4", "int4-g64", "int4-g128", "int4-asym-g64", "int4-asym", "int8")
 BITSANDBYTES = ("nf4", "nf4, double quantization", "fp4", "int8")
 ROWS_AT_ONCE = {"cpu": 2, "cuda": 16}  # windows
 
@@ -106,6 +107,7 @@ class Quality:
         found: dict[str, Callable[[], Row]] = {"bf16": self.unquantized}
         found |= {f"{scheme}, {how}": partial(self.uniform, scheme, how) for scheme, how in UNIFORM}
         found |= {f"{scheme}, weighted search": partial(self.weighted, scheme) for scheme in WEIGHTED}
+        found |= {f"{scheme}, gptq": partial(self.gptq, scheme) for scheme in GPTQ}
         found |= {f"mixed, {budget:g} bits": partial(self.mixed, budget) for budget in budgets}
         return found | {f"bitsandbytes {kind}": partial(self.bitsandbytes, kind) for kind in BITSANDBYTES}
 
@@ -140,16 +142,24 @@ class Quality:
         plan = uniform_plan(find_layers(self.load()), parse_scheme(scheme))
         return self.planned(f"{scheme}, weighted search", plan)
 
-    def mixed(self, budget: float) -> Row:
-        """The best plan of `budget` bits a weight by the measured sensitivities."""
-        return self.planned(f"mixed, {budget:g} bits", choose_schemes(self.sensitivities, budget).schemes)
+    def gptq(self, scheme: str) -> Row:
+        """As `uniform`, each code making up for the errors of those before it."""
+        plan = uniform_plan(find_layers(self.load()), parse_scheme(scheme))
+        return self.planned(f"{scheme}, gptq", plan, "gptq")
 
-    def planned(self, name: str, plan: dict[str, Scheme]) -> Row:
+    def mixed(self, budget: float) -> Row:
+        """The best plan of `budget` bits a weight by the measured sensitivities, rounded by gptq."""
+        plan = choose_schemes(self.sensitivities, budget).schemes
+        return self.planned(f"mixed, {budget:g} bits", plan, "gptq")
+
+    def planned(self, name: str, plan: dict[str, Scheme], rounding: Rounding = "search") -> Row:
         """A scheme for each layer, errors weighted by importance."""
-        importances = self.importances
+        importances, text = self.importances, self.calibration
 
         def change(model: Any, layers: list[Layer]) -> tuple[float, int]:
-            quantize_model(model, plan, importances=importances, kernels=self.kernels)
+            quantize_model(
+                model, plan, rounding=rounding, importances=importances, text=text, kernels=self.kernels
+            )
             return bits_per_weight(layers, plan), self._finish(model)
 
         return self.row(name, change)

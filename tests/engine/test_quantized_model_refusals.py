@@ -52,6 +52,7 @@ POOL: dict[str, Any] = dict(num_kv_blocks=200, progress=False)
         ({"bits": 4, "scheme": "int8"}, "bits 4 and scheme 'int8' both"),
         ({"scheme": "int5"}, "'int5' is unknown"),
         ({"rounding": "up"}, "rounding 'up' is unknown"),
+        ({"rounding": "gptq"}, "runs the model on a text: `megpt quantize MODEL --rounding gptq"),
         ({"rules": {"*.down_proj": "int5"}}, r"rules\['\*.down_proj'\]: .*'int5' is unknown"),
         ({"rules": {"*.nothing": "int8"}}, r"'\*.nothing' matches no layer"),
         ({"kv_blocks": 4}, "'kv_blocks' is no option of a QuantizedModel. Options .*num_kv_blocks"),

@@ -129,6 +129,29 @@ def test_calibration_changes_what_is_written(quantize: Quantize, tmp_path: Path)
     assert calibrated == again, "the same seed gives the same text"
 
 
+def test_a_text_makes_gptq_the_rounding_unless_another_is_named(quantize: Quantize, tmp_path: Path) -> None:
+    kl: dict[str, float] = {}
+    for name, more in (("gptq", ()), ("search", ("--rounding", "search"))):
+        words = ("--scheme", "int4-g128", "--calibrate-tokens", "6000", "--json", *more)
+        report = json.loads(quantize(*words, "--out", str(tmp_path / name)).out)
+        assert report["rounding"] == name and report["searched"] == {}
+        kl[name] = report["measured_kl"]
+    assert kl["gptq"] < 0.75 * kl["search"], "on texts that it was not rounded with"
+    done = quantize("--scheme", "int4", "--out", str(tmp_path / "plain"))
+    assert "rounded by search" in done.out
+
+
+def test_gptq_alone_lets_the_model_write_a_text(
+    quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize_steps, "GPTQ_GENERATED_TOKENS", 640)
+    out = tmp_path / "out"
+    done = quantize("--scheme", "int4", "--rule", "*.down_proj=fp8", "--rounding", "gptq", "--out", str(out))
+    assert done.code == 0, done.err
+    assert "measured on 768 tokens of a text the model wrote" in done.out
+    assert "rounded by gptq" in done.out.splitlines()
+
+
 def test_rules_and_rounding_reach_the_weights(quantize: Quantize, tmp_path: Path) -> None:
     out = tmp_path / "out"
     rules = ("--rule", "*.down_proj=int8", "--rule", "*.0.*=int4-asym-g64")
@@ -289,6 +312,7 @@ def test_a_table_fits_its_terminal(quantize: Quantize, monkeypatch: pytest.Monke
         (("--scheme", "int4", "--rule", "*.dwn=int8"), "'*.dwn' matches no layer"),
         (("--scheme", "int4", "--rounding", "best"), "rounding 'best' is unknown"),
         (("--scheme", "int4", "--rounding", "hqq"), "hqq finds zero points"),
+        (("--scheme", "fp8", "--rounding", "gptq"), "gptq chooses integers, and fp8 has none"),
         (
             ("--bits-per-weight", "5", "--mix", "int4,bnb-nf4"),
             "bnb-nf4 is for linear layers that bitsandbytes",

@@ -39,11 +39,11 @@ def second_moments(
     Layers that multiply nothing (an embedding), stacked experts, and layers that no token reached are absent.
     """
     layers = find_layers(model)
-    moments = {layer.name: _Moments(layer.shape[1]) for layer in layers if _multiplying(layer)}
+    moments = {layer.name: _Moments(layer.shape[1]) for layer in layers if multiplying_modules(layer)}
     hooks = [
         module.register_forward_pre_hook(partial(_observe, moments[layer.name]))
         for layer in layers
-        for module in _multiplying(layer)
+        for module in multiplying_modules(layer)
     ]
     batches = token_ids.split(max(1, TOKENS_AT_ONCE // token_ids.shape[1]))
     try:
@@ -152,8 +152,8 @@ def _observe(moments: _Moments, module: nn.Module, inputs: tuple[Any, ...]) -> N
     moments.add(inputs[0])
 
 
-def _multiplying(layer: Layer) -> list[nn.Module]:
-    """The modules that multiply their input with the layer's weight."""
+def multiplying_modules(layer: Layer) -> list[nn.Module]:
+    """Those that multiply their input with the layer's weight."""
     if layer.role == "experts":
         return []
     return [module for module, _ in layer.holders if not isinstance(module, nn.Embedding)]

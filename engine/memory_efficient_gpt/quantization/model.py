@@ -24,6 +24,7 @@ from memory_efficient_gpt.native.packed_weight import PackedWeight
 from memory_efficient_gpt.quantization.bitsandbytes import hold_bitsandbytes
 from memory_efficient_gpt.quantization.bitsandbytes_linear import BitsAndBytesModule, bitsandbytes_modules
 from memory_efficient_gpt.quantization.experts import QuantizedStack, hold_stack, stacked_parameters
+from memory_efficient_gpt.quantization.input_products import InputProducts
 from memory_efficient_gpt.quantization.layers import Layer, find_layers
 from memory_efficient_gpt.quantization.modules import QuantizedModule, hold, pack_weight
 from memory_efficient_gpt.quantization.naming import inner_schemes
@@ -41,18 +42,24 @@ logger = logging.getLogger(__name__)
 _WHOLE_STACK_CALLS: Final = frozenset({"bmm", "einsum", "matmul", "grouped_mm"})
 _NO_CODE: Final = (lambda: None).__code__
 KERNEL_TOLERANCE: Final = 0.03
+_STACKED: Final = "stacked experts"
+_UNREACHED: Final = "no token of the text reached it"
 
 Progress = Callable[[str, float], None]
 
 
 @dataclass(slots=True)
 class QuantizationReport:
-    """What quantizing did. Bytes are of whole models: weights, embeddings, norms and all."""
+    """What quantizing did. Bytes are of whole models: weights, embeddings, norms and all.
+
+    searched: layers for which "gptq" was asked and that were searched, by why.
+    """
 
     bytes_before: int = 0
     bytes_after: int = 0
     schemes: dict[str, Scheme] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
+    searched: Counter[str] = field(default_factory=Counter)
 
     @property
     def saved(self) -> float:
@@ -65,9 +72,10 @@ class QuantizationReport:
         for scheme in self.schemes.values():
             counts[str(scheme)] = counts.get(str(scheme), 0) + 1
         done = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items())) or "nothing"
+        searched = "".join(f"; {count} by search: {why}" for why, count in self.searched.items())
         return (
             f"quantized {done}: {self.bytes_before / 1e6:,.1f} MB became {self.bytes_after / 1e6:,.1f} MB "
-            f"({self.saved:.0%} saved)"
+            f"({self.saved:.0%} saved){searched}"
         )
 
 
@@ -77,6 +85,7 @@ def quantize_model(
     *,
     rounding: Rounding = "search",
     importances: Mapping[str, torch.Tensor] | None = None,
+    text: torch.Tensor | None = None,
     kernels: Kernels | None = None,
     progress: Progress | None = None,
     device: torch.device | None = None,
@@ -86,14 +95,17 @@ def quantize_model(
     device: where the model is to be; None leaves it where it is. Weights are brought there one by one, so
     that it needs room for the quantized ones and a few others, never for all float ones.
     importances: mean squares `[K]` of each layer's inputs by name; absent ones count all inputs alike.
+    text: tokens `[B, T] int64` on which the model runs for "gptq"; it does so where it is.
     kernels: search natively where weights are on the CPU; None searches in torch.
-    rounding "hqq" holds for schemes with zero points, the others are searched.
-    Raises UnsupportedModelError for experts that the model's code does not index one by one.
+    rounding "hqq" holds for schemes with zero points, "gptq" for integers; others are searched.
+    Raises UnsupportedModelError for experts that the model's code does not index one by one, ValueError for
+    gptq without a text or for a model that is elsewhere.
     """
     report = QuantizationReport(bytes_before=weight_bytes(model))
     layers = [layer for layer in find_layers(model) if layer.name in plan and plan[layer.name].kind != "none"]
     if any(layer.role == "experts" for layer in layers):
         index_experts_one_by_one(model)
+    products = _products(model, layers, text, device, progress) if rounding == "gptq" else None
     weights = _brought(layers, device or model.device)
     for number, layer in enumerate(layers):
         if progress is not None:
@@ -104,15 +116,18 @@ def quantize_model(
             hold_bitsandbytes(model, layer, scheme, weight)
             del weight
             continue
+        how = rounding_of(scheme, rounding)
+        own = products.of(layer) if products is not None and how == "gptq" else None
+        if how == "gptq" and own is None:
+            how = "search"
+            if layer.role != "embedding":  # whose rows are what they are: there is nothing to make up for
+                report.searched[_STACKED if layer.role == "experts" else _UNREACHED] += 1
         quantized = quantize_weight(
-            weight,
-            scheme,
-            rounding=rounding_of(scheme, rounding),
-            importance=(importances or {}).get(layer.name),
+            weight, scheme, rounding=how, importance=(importances or {}).get(layer.name), products=own,
             kernels=kernels,
-        )
+        )  # fmt: skip
         put_weight(layer, quantized)
-        del weight, quantized
+        del weight, quantized, own
     if device is not None:
         nn.Module.to(model, device)  # transformers' own refuses models that are quantized
     describe_itself(model)
@@ -120,6 +135,17 @@ def quantize_model(
     report.kept = _float_bytes(model)
     logger.info(report.summary())
     return report
+
+
+def _products(
+    model: PreTrainedModel, layers: Sequence[Layer], text: torch.Tensor | None, device: torch.device | None,
+    progress: Progress | None,
+) -> InputProducts:  # fmt: skip
+    if text is None:
+        raise ValueError("gptq needs a text")
+    if device is not None and device != model.device:
+        raise ValueError(f"gptq runs the model, which is on {model.device}, not {device}")
+    return InputProducts(model, layers, text, progress=progress)
 
 
 def _brought(layers: Sequence[Layer], device: torch.device) -> Iterator[torch.Tensor]:

@@ -10,6 +10,7 @@ float16 costs no more than it must.
     nearest   the range of a group, divided evenly
     search    many scales around that range, each refitted by least squares to the codes it gives (what
               llama.cpp's quantizers do with an importance matrix); the best by weighted error
+    gptq      scales as by search; each input's code makes up for the errors of those before (feedback.py)
     hqq       asymmetric only: zero points by half-quadratic splitting with an l_0.7 norm, 20 steps
               (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023)
 
@@ -29,12 +30,13 @@ from torch.nn import functional
 from memory_efficient_gpt.errors import ConfigError
 from memory_efficient_gpt.native.ops import Kernels
 from memory_efficient_gpt.native.quantize import choose_codes, search_scales
+from memory_efficient_gpt.quantization.feedback import with_feedback
 from memory_efficient_gpt.quantization.fp8 import FP8_MAX
 from memory_efficient_gpt.quantization.scheme import Scheme
 from memory_efficient_gpt.quantization.storage import QuantizedWeight, choose_unit, pack_nibbles
 from memory_efficient_gpt.triton_kernels.availability import triton_obstacle
 
-Rounding = Literal["nearest", "search", "hqq"]
+Rounding = Literal["nearest", "search", "hqq", "gptq"]
 
 _SHRINKS: Final = tuple(1.0 - 0.025 * i for i in range(-6, 19))  # of a group's range: 1.15 down to 0.55
 _HQQ_STEPS: Final = 20
@@ -61,16 +63,26 @@ def quantize_weight(
     *,
     rounding: Rounding = "search",
     importance: torch.Tensor | None = None,
+    products: torch.Tensor | None = None,
     kernels: Kernels | None = None,
 ) -> QuantizedWeight:
     """Quantize a float weight `[N, K]`; the result is on the weight's device.
 
+    products: what gptq needs, the mean of x^T x `[K, K] float32` of the layer's inputs x; their squares are
+    the importance then.
     kernels: search and choose codes natively, for a weight on the CPU: 100 times as fast, and the same but
     for ties and float32's rounding.
-    Raises ConfigError for a rounding that the scheme does not have, ValueError for NaN and infinity.
+    Raises ConfigError for a rounding that the scheme does not have, ValueError for NaN and infinity, and for
+    gptq without products.
     """
     check_rounding(scheme, rounding)
     weight = weight.detach()
+    if rounding == "gptq":
+        if products is None:
+            raise ValueError("gptq needs products of the layer's inputs")
+        squares = products.diagonal().float()
+        found = quantize_weight(weight, scheme, importance=squares, kernels=kernels)
+        return with_feedback(weight, found, products)
     largest = float(torch.stack(torch.aminmax(weight)).abs().max())
     if not math.isfinite(largest):
         raise ValueError("weights hold NaN or infinity")
@@ -109,15 +121,19 @@ def check_rounding(scheme: Scheme, rounding: str) -> None:
         raise ConfigError([f"rounding {rounding!r} is unknown. Use one of {', '.join(get_args(Rounding))}."])
     if rounding == "hqq" and (scheme.kind != "int" or scheme.symmetric):
         raise ConfigError([f"hqq finds zero points, and {scheme} has none. Use search, or int4-asym-g64."])
+    if rounding == "gptq" and scheme.kind != "int":
+        raise ConfigError([f"gptq chooses integers, and {scheme} has none. Use search, or int4-g128."])
 
 
 def rounding_of(scheme: Scheme, wanted: Rounding) -> Rounding:
-    """How a scheme is rounded where `wanted` was asked for: hqq holds for schemes with zero points only.
+    """How a scheme is rounded where `wanted` was asked for: hqq holds for schemes with zero points only, gptq
+    for those with integers.
 
     Raises ConfigError for a rounding that there is not.
     """
-    check_rounding(scheme, wanted if wanted != "hqq" else "search")
-    return wanted if wanted != "hqq" or not scheme.symmetric else "search"
+    check_rounding(scheme, wanted if wanted not in ("hqq", "gptq") else "search")
+    has = {"hqq": not scheme.symmetric, "gptq": scheme.kind == "int"}
+    return wanted if has.get(wanted, True) else "search"
 
 
 def _split(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None) -> _Groups:

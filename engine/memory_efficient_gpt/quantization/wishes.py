@@ -88,6 +88,11 @@ def wish(bits: Any, scheme: Any, rounding: Any, rules: Any) -> Wish:
     if scheme is not None:
         found = _collect(problems, "", lambda: _scheme(scheme, "scheme"))
     parsed = _rules(rules, problems)
+    if rounding == "gptq":
+        problems.append(
+            "rounding 'gptq' runs the model on a text: `megpt quantize MODEL --rounding gptq --out FOLDER` "
+            "does, and from_pretrained(FOLDER) loads the result."
+        )
     offset_scheme = parse_scheme("int4-asym-g64")  # it has every rounding
     _collect(problems, "", lambda: check_rounding(offset_scheme, rounding))
     if problems:

@@ -25,6 +25,7 @@ _EXAMPLES = """\
   megpt quantize demo --scheme int8 --plan                      what one scheme for all would cost
   megpt quantize demo --bits-per-weight 5 --calibration my-texts.txt --out demo-5
   megpt quantize demo --scheme int4-g128 --rule '*.down_proj=int8' --rule lm_head=bf16 --out demo-mine
+  megpt quantize demo --scheme int4-g128 --rounding gptq --out demo-gptq     best quality of a scheme; minutes
   megpt quantize demo --scheme int4-asym-g64 --rounding hqq --out demo-hqq
 
 A scheme is bits and what shares a scale: int4 (32 inputs of an output), int4-g128 (128 of them), int8 (all
@@ -32,8 +33,9 @@ inputs of an output), fp8, bf16 (not quantized); -asym adds zero points. Scales 
 
 With --bits-per-weight each group of layers is stored less precisely for a moment, and the change of the
 model's predictions on a text is measured: the KL divergence, in nats per token. The plan with the least sum
-within the budget is taken. The text is a file of yours or one that the model writes. Either also tells which
-inputs of a layer are large, and rounding then takes more care of their weights.
+within the budget is taken. The text is a file of yours or one that the model writes. Either also tells what
+goes into each layer: rounding by gptq lets each weight make up for the errors of those before it, which
+halves what 4 bits cost.
 
 Serve the result with `megpt serve --model DIR`; plain transformers needs `register_format()` before it.
 """
@@ -74,8 +76,9 @@ def _add_scheme_options(parser: argparse.ArgumentParser) -> None:
         help="scheme of the layers whose name matches; the first one that does counts",
     )  # fmt: skip
     group.add_argument(
-        "--rounding", default="search", metavar="HOW",
-        help="search (scales with the least error, default), nearest, or hqq (for zero points)",
+        "--rounding", metavar="HOW",
+        help="gptq (the least error of a layer's outputs on a text; default where there is one), search (the "
+        "least error of weights; default elsewhere), nearest, or hqq (for zero points)",
     )  # fmt: skip
     group.add_argument(
         "--tied", action="store_true",

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from memory_efficient_gpt.quantization.scheme import Scheme
 
 TEXT_CHARACTERS: Final = 1_000_000
-TEXT_TOKENS: Final = 8192
+TEXT_TOKENS: Final = 16384
 SELF_GENERATED_TOKENS: Final = 4096
+GPTQ_GENERATED_TOKENS: Final = 16384
 
 T = TypeVar("T")
 
@@ -59,7 +60,9 @@ class Job:
     @property
     def needs_text(self) -> bool:
         """Whether anything is measured, on whatever text."""
-        return self.bits is not None or self.out is None or self.text_name is not None
+        return (
+            self.bits is not None or self.out is None or self.text_name is not None or self.rounding == "gptq"
+        )
 
 
 def check(args: argparse.Namespace) -> Job:
@@ -72,7 +75,7 @@ def check(args: argparse.Namespace) -> Job:
     rules = _collect(problems, lambda: parse_rules(args.rule))
     text = _collect(problems, lambda: _read_text(args.calibration))
     if schemes and rules is not None:
-        _collect(problems, lambda: _check_rounding(args.rounding, [*schemes, *rules.values()]))
+        _collect(problems, lambda: _check_rounding(args, [*schemes, *rules.values()]))
     if problems:
         raise ConfigError(problems)
     return _with_model(args, schemes or (), rules or {}, text)
@@ -159,14 +162,25 @@ def _read_text(path: Path | None) -> str | None:
         raise ConfigError([f"--calibration {path} cannot be read: {error.strerror}."]) from error
 
 
-def _check_rounding(rounding: str, schemes: Sequence[Scheme]) -> None:
-    """Every scheme must be one that can be rounded here, and hqq of use to one of them at least."""
+def _rounding(args: argparse.Namespace) -> str:
+    """What was asked for, else the best for what will be known of the model's inputs."""
+    text = (
+        args.bits_per_weight is not None or args.calibration is not None or args.calibrate_tokens is not None
+    )
+    return args.rounding or ("gptq" if text else "search")
+
+
+def _check_rounding(args: argparse.Namespace, schemes: Sequence[Scheme]) -> None:
+    """Every scheme must be one that can be rounded here, and what was asked for of use to one at least."""
     from memory_efficient_gpt.quantization.rounding import check_rounding, rounding_of
 
+    rounding = _rounding(args)
     for scheme in schemes:
         rounding_of(scheme, cast("Rounding", rounding))
-    with_offsets = [scheme for scheme in schemes if scheme.kind == "int" and not scheme.symmetric]
-    check_rounding((with_offsets or list(schemes))[0], rounding)
+    if args.rounding is not None:
+        integers = [scheme for scheme in schemes if scheme.kind == "int"]
+        with_offsets = [scheme for scheme in integers if not scheme.symmetric]
+        check_rounding((with_offsets or integers or list(schemes))[0], rounding)
 
 
 def _with_model(
@@ -190,7 +204,8 @@ def _with_model(
     _check_plan(config, schemes, args.bits_per_weight, rules)
     return Job(
         model=args.model, folder=folder, weight_files=tuple(files), config=config, bits=args.bits_per_weight,
-        schemes=schemes, rules=rules, rounding=args.rounding, exact=args.exact, tied=args.tied,
+        schemes=schemes, rules=rules, rounding=cast("Rounding", _rounding(args)), exact=args.exact,
+        tied=args.tied,
         text=_pieces(folder, config, text) if text is not None else None,
         text_name=_text_name(args), generated_tokens=args.calibrate_tokens, seed=args.seed or 0,
         device=device, out=None if args.plan else _absolute(args.out),

@@ -124,6 +124,9 @@ def _summary(job: Job, outcome: Outcome) -> str:
         lines.append(f"measured on {some}{calibrated:,} tokens of {_text_name(job)}, "
                      f"in {outcome.measured_in}")  # fmt: skip
     before = f"{outcome.bytes_before:,} bytes"
+    if outcome.rounding:
+        others = [f"{count} by search: {why}" for why, count in outcome.searched.items()]
+        lines.append("; ".join((f"rounded by {outcome.rounding}", *others)))
     if outcome.plan is not None and job.out is None:
         lines.append(f"these weights: {outcome.plan.num_bytes:,} bytes; the checkpoint now: {before}")
     if outcome.bytes_after is not None:
@@ -146,6 +149,8 @@ def _as_json(job: Job, outcome: Outcome) -> dict[str, Any]:
         "measured_on": _text_name(job) if outcome.measured_tokens else None,
         "measured_tokens": outcome.measured_tokens,
         "calibration_tokens": outcome.calibration_tokens,
+        "rounding": outcome.rounding or None,
+        "searched": outcome.searched,
         "predicted_kl": None if plan is None else plan.divergence,
         "measured_kl": outcome.divergence,
         "schemes": {name: str(scheme) for name, scheme in outcome.schemes.items()},

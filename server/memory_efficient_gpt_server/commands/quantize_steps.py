@@ -8,7 +8,7 @@ Invariant: the folder appears whole or not at all; whatever ends the run, nothin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
@@ -24,10 +24,14 @@ from memory_efficient_gpt.quantization.calibration import second_moments, self_g
 from memory_efficient_gpt.quantization.checkpoint import save_quantized
 from memory_efficient_gpt.quantization.groups import bits_range, group_layers
 from memory_efficient_gpt.quantization.layers import Layer, find_layers
-from memory_efficient_gpt.quantization.model import quantize_model
+from memory_efficient_gpt.quantization.model import QuantizationReport, quantize_model
 from memory_efficient_gpt.quantization.plans import Plan, bits_per_weight, pins, uniform_plan
 from memory_efficient_gpt.quantization.sensitivity import Quantizer, Reference, measure
-from memory_efficient_gpt_server.commands.quantize_checks import SELF_GENERATED_TOKENS, Job
+from memory_efficient_gpt_server.commands.quantize_checks import (
+    GPTQ_GENERATED_TOKENS,
+    SELF_GENERATED_TOKENS,
+    Job,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,8 +50,8 @@ class Progress(Protocol):
 class Outcome:
     """What was found and written. divergence: of the quantized model, measured; None without a text.
 
-    measured_tokens: those of the text on which predictions are compared, of calibration_tokens that tell how
-    large inputs are.
+    measured_tokens: those of the text on which predictions are compared, of calibration_tokens that tell what
+    goes into layers. rounding: how weights were rounded; searched: how many were otherwise, by why.
     """
 
     bits_per_weight: float
@@ -59,6 +63,8 @@ class Outcome:
     measured_in: str = ""
     bytes_after: int | None = None
     divergence: float | None = None
+    rounding: str = ""
+    searched: dict[str, int] = field(default_factory=dict)
 
 
 def carry_out(job: Job, progress: Progress) -> Outcome:
@@ -73,7 +79,8 @@ def carry_out(job: Job, progress: Progress) -> Outcome:
         moments = second_moments(model, text, progress=partial(progress, "calibrating"))
         reference = Reference(model, text)
     layers = find_layers(model)
-    quantizer = Quantizer(job.rounding, moments, _kernels(job.device))
+    # what a layer's scheme costs is measured by the search, which ranks them alike and takes no minutes each
+    quantizer = Quantizer(job.rounding if job.rounding != "gptq" else "search", moments, _kernels(job.device))
     mixed = None
     if reference is not None and (job.bits is not None or job.out is None):
         mixed = _measured_plan(job, layers, reference, quantizer, progress)
@@ -83,7 +90,9 @@ def carry_out(job: Job, progress: Progress) -> Outcome:
         outcome.measured_tokens, outcome.measured_in = reference.num_tokens, _name(model.dtype)
         outcome.calibration_tokens = num_tokens
     if job.out is not None:
-        _quantize(model, schemes, quantizer, progress)
+        unmeasured = reference.unmeasured if reference is not None else None
+        report = _quantize(job, model, schemes, quantizer, unmeasured, progress)
+        outcome.rounding, outcome.searched = job.rounding, dict(report.searched)
         outcome.divergence = reference.divergence() if reference is not None else None
         progress("writing", str(job.out), 0.0)
         cast(torch.nn.Module, model).to(stored)  # transformers wraps `to` without types
@@ -108,7 +117,8 @@ def _dtype(job: Job, stored: torch.dtype) -> torch.dtype:
 def _text(job: Job, model: PreTrainedModel, progress: Progress) -> torch.Tensor:
     if job.text is not None:
         return job.text
-    num_tokens = job.generated_tokens or SELF_GENERATED_TOKENS
+    usual = GPTQ_GENERATED_TOKENS if job.rounding == "gptq" and job.out is not None else SELF_GENERATED_TOKENS
+    num_tokens = job.generated_tokens or usual
     return self_generated(model, num_tokens, job.seed, progress=partial(progress, "calibrating"))
 
 
@@ -126,12 +136,16 @@ def _measured_plan(
     return choose_schemes(measured, job.bits if job.bits is not None else bits_range(groups, ())[1])
 
 
-def _quantize(model: PreTrainedModel, schemes: Plan, quantizer: Quantizer, progress: Progress) -> None:
-    quantize_model(
+def _quantize(
+    job: Job, model: PreTrainedModel, schemes: Plan, quantizer: Quantizer, text: torch.Tensor | None,
+    progress: Progress,
+) -> QuantizationReport:  # fmt: skip
+    return quantize_model(
         model,
         schemes,
-        rounding=quantizer.rounding,
+        rounding=job.rounding,
         importances=quantizer.importances,
+        text=text,
         kernels=quantizer.kernels,
         progress=partial(progress, "quantizing"),
     )

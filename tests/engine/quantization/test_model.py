@@ -39,6 +39,7 @@ from memory_efficient_gpt.quantization.model import (
 from memory_efficient_gpt.quantization.modules import QuantizedLinear
 from memory_efficient_gpt.quantization.naming import name_of
 from memory_efficient_gpt.quantization.plans import uniform_plan
+from memory_efficient_gpt.quantization.rounding import Rounding
 from memory_efficient_gpt.quantization.scheme import INT8, parse_scheme
 
 TINY: dict[str, Any] = dict(
@@ -303,3 +304,31 @@ def test_generate_of_transformers_works(kernels: Kernels) -> None:
     assert plain.shape == (2, 11)
     give_kernels(model, kernels)
     assert model.generate(IDS, max_new_tokens=4, do_sample=False).shape == (2, 11)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_gptq_is_nearer_on_other_texts_and_says_what_was_searched(name: str) -> None:
+    source = torch.Generator().manual_seed(1)
+    text, others = (torch.randint(0, 90, (40, 60), generator=source) for _ in range(2))
+    errors: dict[str, float] = {}
+    roundings: tuple[Rounding, ...] = ("search", "gptq")
+    with torch.no_grad():
+        want = tiny(name)(others).logits
+        for rounding in roundings:
+            model = tiny(name)
+            plan = uniform_plan(find_layers(model), parse_scheme("int4"))
+            report = quantize_model(model, plan, rounding=rounding, text=text)
+            errors[rounding] = float((model(others).logits - want).square().mean())
+            assert ("by search" in report.summary()) == bool(report.searched)
+    assert errors["gptq"] < 0.9 * errors["search"]
+    assert dict(report.searched) == ({"stacked experts": 4} if name == "mixtral" else {})
+
+
+def test_gptq_without_a_text_or_elsewhere_is_refused() -> None:
+    model = tiny("llama")
+    plan = uniform_plan(find_layers(model), parse_scheme("int4"))
+    with pytest.raises(ValueError, match="needs a text"):
+        quantize_model(model, plan, rounding="gptq")
+    with pytest.raises(ValueError, match="is on cpu, not meta"):
+        quantize_model(model, plan, rounding="gptq", text=IDS, device=torch.device("meta"))
+    assert not quantized_modules(model), "nothing was lost"
