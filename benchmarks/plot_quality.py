@@ -14,13 +14,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-FAMILIES = {"mixed": "ours, mixed precision", "bitsandbytes": "bitsandbytes", "": "ours, one scheme"}
+FAMILIES = {
+    "mixed": "ours, mixed precision", "bitsandbytes": "bitsandbytes", "gptq": "ours, one scheme, by gptq",
+    "": "ours, one scheme",
+}  # fmt: skip
 MOST_PERCENT = 12.0
 
 
 def family(name: str) -> str:
     """To which of the legend's entries a row belongs."""
-    return next(prefix for prefix in FAMILIES if name.startswith(prefix))
+    return next(word for word in FAMILIES if name.startswith(word) or name.endswith(f", {word}"))
 
 
 def draw(record: dict[str, Any], axis: Any) -> None:
@@ -43,8 +46,8 @@ def draw(record: dict[str, Any], axis: Any) -> None:
         axis.plot(bits, worse, "o-" if prefix == "mixed" else "o", label=label, markersize=4)
         if prefix != "mixed":
             for x, y, name in zip(bits, worse, names, strict=True):
-                axis.annotate(name.removeprefix("bitsandbytes "), (x, y), fontsize=6, xytext=(3, 3),
-                              textcoords="offset points")  # fmt: skip
+                label = name.removeprefix("bitsandbytes ").removesuffix(", gptq")
+                axis.annotate(label, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
     title = f"{record['model']}, {record['split']} books"
     axis.set(xlabel="stored bits a weight", ylabel="perplexity, % above bf16", ylim=(-0.05 * top, top))
     axis.set_title(title + (f"\nabove the panel: {', '.join(outside)}" if outside else ""), fontsize=8)

@@ -6,6 +6,7 @@ Run on a machine with a GPU: python -m pytest -m gpu -s tests/gpu/test_estimates
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,16 +93,18 @@ def work(engine: Engine) -> None:
 class Taken:
     """Bytes that a loaded engine took: of torch's, of the device's; and of the device's after work.
 
-    peak: most bytes of torch's while it was loaded.
+    peak: most bytes of torch's while it was loaded, in so many seconds.
     """
 
     def __init__(self, config: EngineConfig) -> None:
         free()
         torch_before, device_before = torch.cuda.memory_allocated(), used()
         torch.cuda.reset_peak_memory_stats()
+        began = time.monotonic()
         engine = Engine.load(config)
         try:
             torch.cuda.synchronize()
+            self.seconds = time.monotonic() - began
             self.peak = torch.cuda.max_memory_allocated() - torch_before
             self.info = engine.info
             self.allocated = torch.cuda.memory_allocated() - torch_before
@@ -134,7 +137,10 @@ def tell(name: str, options: dict[str, Any], predicted: MemoryEstimate, taken: T
     }
     for what, (said, found) in pairs.items():
         Console().print(f"{name} {options}: {what}: {said:,} said, {found:,} found, {said / found:.3f}")
-    Console().print(f"{name} {options}: the device had {taken.loaded:,} less before it worked")
+    Console().print(
+        f"{name} {options}: loaded in {taken.seconds:.1f} s; "
+        f"the device had {taken.loaded:,} less before it worked"
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)

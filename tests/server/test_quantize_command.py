@@ -134,11 +134,11 @@ def test_a_text_makes_gptq_the_rounding_unless_another_is_named(quantize: Quanti
     for name, more in (("gptq", ()), ("search", ("--rounding", "search"))):
         words = ("--scheme", "int4-g128", "--calibrate-tokens", "6000", "--json", *more)
         report = json.loads(quantize(*words, "--out", str(tmp_path / name)).out)
-        assert report["rounding"] == name and report["searched"] == {}
+        assert set(report["rounded"]) == {name} and report["measured_on_other_texts"]
         kl[name] = report["measured_kl"]
     assert kl["gptq"] < 0.75 * kl["search"], "on texts that it was not rounded with"
     done = quantize("--scheme", "int4", "--out", str(tmp_path / "plain"))
-    assert "rounded by search" in done.out
+    assert "rounded by search (15 layers)" in done.out
 
 
 def test_gptq_alone_lets_the_model_write_a_text(
@@ -149,7 +149,23 @@ def test_gptq_alone_lets_the_model_write_a_text(
     done = quantize("--scheme", "int4", "--rule", "*.down_proj=fp8", "--rounding", "gptq", "--out", str(out))
     assert done.code == 0, done.err
     assert "measured on 768 tokens of a text the model wrote" in done.out
-    assert "rounded by gptq" in done.out.splitlines()
+    assert "weights were rounded with the same tokens" in done.out
+    assert "rounded by gptq (13 layers), nearest (2 layers); 2 layers not by gptq: fp8 has no integers" in (
+        done.out.splitlines()
+    )
+
+
+def test_a_plan_is_what_would_be_written(quantize: Quantize, tmp_path: Path) -> None:
+    budget = ("--bits-per-weight", "5", "--json")
+    plan = json.loads(quantize(*budget, "--plan").out)
+    written = json.loads(quantize(*budget, "--out", str(tmp_path / "out")).out)
+    assert plan["schemes"] == written["schemes"]
+    assert plan["predicted_kl"] == pytest.approx(written["predicted_kl"], rel=1e-6)
+    assert plan["calibration_tokens"] == written["calibration_tokens"] == 16384
+    assert written["measured_kl"] < plan["predicted_kl"], (
+        "gptq loses less than the search by which plans are made"
+    )
+    assert "predicted for codes found by search" in quantize("--bits-per-weight", "5", "--plan").out
 
 
 def test_rules_and_rounding_reach_the_weights(quantize: Quantize, tmp_path: Path) -> None:

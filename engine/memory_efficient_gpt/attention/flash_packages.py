@@ -14,7 +14,7 @@ and torch.nn.attention.varlen.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 import torch
@@ -184,7 +184,11 @@ class FlashPrompts:
     ) -> list[Piece] | None:
         """See PromptKernel."""
         rows = prompt_rows(context)
-        if rows is None or not self._takes(rows, cache, options) or cache.key.dtype is not query.dtype:
+        if rows is None or cache.key.dtype is not query.dtype:
+            return None
+        if options.window is not None and options.window >= rows.longest_context:
+            options = replace(options, window=None)  # it hides nothing
+        if not self._takes(rows, cache, options):
             return None
         if self.pages:
             queries = query[rows.start : rows.start + rows.tokens]
@@ -201,10 +205,10 @@ class FlashPrompts:
         least = self.least_whole if rows.whole else self.least_later if self.pages else None
         return (
             least is not None
-            and rows.tokens >= least
+            and (rows.longest if self.pages else rows.shortest) >= least  # one call for all, or one for each
             and cache.key.dtype in DTYPES
             and cache.key.shape[3] == cache.value.shape[3] == self.dim
-            and (self.windows or options.window is None or options.window >= rows.longest_context)
+            and (self.windows or options.window is None)
             and (self.softcaps or options.softcap is None)
             and options.sinks is None
             and options.alibi_slopes is None

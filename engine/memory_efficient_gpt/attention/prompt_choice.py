@@ -9,6 +9,7 @@ attention wherever both were measured.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -28,6 +29,8 @@ from memory_efficient_gpt.attention.prompt_kernels import PromptKernel
 from memory_efficient_gpt.attention.whole_prompts import CudnnPrompts
 from memory_efficient_gpt.kv_cache.geometry import LayerKV
 from memory_efficient_gpt.kv_cache.pool import LayerCache
+
+logger = logging.getLogger(__name__)
 
 TIMED_TOKENS: Final = (512, 2048)
 """Of a step's one prompt. Chunks that begin later have twice as many tokens before them."""
@@ -235,6 +238,9 @@ def seconds_by_kernel(
 
     found = {_OWN: timed(trial.own.attend)}
     for kernel in kernels:
-        if kernel.attend(query, cache, context, trial.options()) is not None:
-            found[kernel.name] = timed(kernel.attend)
+        try:
+            if kernel.attend(query, cache, context, trial.options()) is not None:
+                found[kernel.name] = timed(kernel.attend)
+        except _REFUSALS as error:  # of this size only, such as for want of memory: another kernel has it
+            logger.warning("%s can't compute %d tokens: %s", kernel.name, tokens, error)
     return found

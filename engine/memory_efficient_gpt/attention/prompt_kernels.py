@@ -45,7 +45,8 @@ class PromptRows:
     """Rows first .. end - 1 of a step: from the first that has several tokens to the last one.
 
     start: their first token; tokens: of all of them; prompts: rows with several (row, first token, tokens).
-    longest, longest_context: of a row, in tokens. whole: all with several are computed from their beginning.
+    longest, longest_context: of a row, in tokens; shortest: of a prompt. whole: all with several are computed
+    from their beginning.
     """
 
     first: int
@@ -54,6 +55,7 @@ class PromptRows:
     tokens: int
     prompts: tuple[tuple[int, int, int], ...]
     longest: int
+    shortest: int
     longest_context: int
     whole: bool
 
@@ -81,6 +83,7 @@ def _find(lens: Sequence[int] | None, contexts: Sequence[int] | None) -> PromptR
         tokens=starts[end] - starts[first],
         prompts=prompts,
         longest=max(lens[first:end]),
+        shortest=min(length for _, _, length in prompts),
         longest_context=max(contexts[first:end]),
         whole=all(contexts[row] == length for row, _, length in prompts),
     )

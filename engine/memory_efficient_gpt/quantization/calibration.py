@@ -41,7 +41,7 @@ def second_moments(
     layers = find_layers(model)
     moments = {layer.name: _Moments(layer.shape[1]) for layer in layers if multiplying_modules(layer)}
     hooks = [
-        module.register_forward_pre_hook(partial(_observe, moments[layer.name]))
+        module.register_forward_pre_hook(partial(_observe, moments[layer.name]), with_kwargs=True)
         for layer in layers
         for module in multiplying_modules(layer)
     ]
@@ -148,8 +148,14 @@ class _Moments:
         return (self.sums / self.count).float()
 
 
-def _observe(moments: _Moments, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    moments.add(inputs[0])
+def only_input(inputs: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
+    """What a module multiplies, however it was called."""
+    x: torch.Tensor = (*inputs, *named.values())[0]
+    return x
+
+
+def _observe(moments: _Moments, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    moments.add(only_input(inputs, named))
 
 
 def multiplying_modules(layer: Layer) -> list[nn.Module]:

@@ -15,12 +15,15 @@ Letters: N outputs, K inputs, G groups.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Final
 
 import torch
 
 from memory_efficient_gpt.quantization.storage import QuantizedWeight, pack_nibbles
+
+logger = logging.getLogger(__name__)
 
 DAMPING: Final = (0.01, 0.1, 1.0)
 """Shares of the mean square that are added to each input's own; more where rounding leaves H no inverse."""
@@ -99,4 +102,7 @@ def _factor(products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
                 if int(failed) == 0:
                     return order, upper
-    return order, torch.eye(len(squares), device=products.device)  # nothing is known: to nearest
+        logger.warning(
+            "products of %d inputs have no inverse: their codes are chosen one by one", len(squares)
+        )
+    return order, torch.eye(len(squares), device=products.device)  # to nearest

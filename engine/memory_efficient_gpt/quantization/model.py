@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _WHOLE_STACK_CALLS: Final = frozenset({"bmm", "einsum", "matmul", "grouped_mm"})
 _NO_CODE: Final = (lambda: None).__code__
 KERNEL_TOLERANCE: Final = 0.03
-_STACKED: Final = "stacked experts"
+_NO_INPUTS: Final = {"experts": "stacked experts", "embedding": "an embedding multiplies nothing"}
 _UNREACHED: Final = "no token of the text reached it"
 
 Progress = Callable[[str, float], None]
@@ -52,13 +52,14 @@ Progress = Callable[[str, float], None]
 class QuantizationReport:
     """What quantizing did. Bytes are of whole models: weights, embeddings, norms and all.
 
-    searched: layers for which "gptq" was asked and that were searched, by why.
+    rounded: layers by how; searched: those for which "gptq" was asked and that were not, by why.
     """
 
     bytes_before: int = 0
     bytes_after: int = 0
     schemes: dict[str, Scheme] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
+    rounded: Counter[str] = field(default_factory=Counter)
     searched: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -72,7 +73,7 @@ class QuantizationReport:
         for scheme in self.schemes.values():
             counts[str(scheme)] = counts.get(str(scheme), 0) + 1
         done = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items())) or "nothing"
-        searched = "".join(f"; {count} by search: {why}" for why, count in self.searched.items())
+        searched = "".join(f"; {count} not by gptq: {why}" for why, count in self.searched.items())
         return (
             f"quantized {done}: {self.bytes_before / 1e6:,.1f} MB became {self.bytes_after / 1e6:,.1f} MB "
             f"({self.saved:.0%} saved){searched}"
@@ -105,7 +106,7 @@ def quantize_model(
     layers = [layer for layer in find_layers(model) if layer.name in plan and plan[layer.name].kind != "none"]
     if any(layer.role == "experts" for layer in layers):
         index_experts_one_by_one(model)
-    products = _products(model, layers, text, device, progress) if rounding == "gptq" else None
+    products = _products(model, layers, plan, text, device, progress) if rounding == "gptq" else None
     weights = _brought(layers, device or model.device)
     for number, layer in enumerate(layers):
         if progress is not None:
@@ -120,8 +121,10 @@ def quantize_model(
         own = products.of(layer) if products is not None and how == "gptq" else None
         if how == "gptq" and own is None:
             how = "search"
-            if layer.role != "embedding":  # whose rows are what they are: there is nothing to make up for
-                report.searched[_STACKED if layer.role == "experts" else _UNREACHED] += 1
+            report.searched[_NO_INPUTS.get(layer.role, _UNREACHED)] += 1
+        elif rounding == "gptq" and how != "gptq":
+            report.searched[f"{scheme} has no integers"] += 1
+        report.rounded["nearest" if scheme.kind == "fp8" else how] += 1
         quantized = quantize_weight(
             weight, scheme, rounding=how, importance=(importances or {}).get(layer.name), products=own,
             kernels=kernels,
@@ -138,14 +141,15 @@ def quantize_model(
 
 
 def _products(
-    model: PreTrainedModel, layers: Sequence[Layer], text: torch.Tensor | None, device: torch.device | None,
-    progress: Progress | None,
+    model: PreTrainedModel, layers: Sequence[Layer], plan: Plan, text: torch.Tensor | None,
+    device: torch.device | None, progress: Progress | None,
 ) -> InputProducts:  # fmt: skip
     if text is None:
         raise ValueError("gptq needs a text")
-    if device is not None and device != model.device:
+    if device is not None and device.type != model.device.type:
         raise ValueError(f"gptq runs the model, which is on {model.device}, not {device}")
-    return InputProducts(model, layers, text, progress=progress)
+    asked = [layer for layer in layers if plan[layer.name].kind == "int"]
+    return InputProducts(model, asked, text, progress=progress)
 
 
 def _brought(layers: Sequence[Layer], device: torch.device) -> Iterator[torch.Tensor]:

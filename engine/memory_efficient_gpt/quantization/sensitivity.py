@@ -68,15 +68,16 @@ class Reference:
     ) -> None:
         """Some of the texts: of `most_tokens` and of `REFERENCE_BYTES` of log-probabilities, at least one.
 
-        Others are `unmeasured` `[B, T]`, for what must not be judged by the text that it was made with; all,
-        if there are no others.
+        Others are `unmeasured` `[B, T]`, for what must not be judged by the text that it was made with: the
+        whole text, if others are fewer than those measured (`measures_others` is False then).
         """
         self.model = model
         row_bytes = 4 * token_ids.shape[1] * model.config.get_text_config().vocab_size
         most = min(most_tokens // token_ids.shape[1], REFERENCE_BYTES // row_bytes)
         chosen = spread(torch.arange(len(token_ids)), most)
         others = torch.ones(len(token_ids), dtype=torch.bool).index_fill_(0, chosen, False)
-        self.unmeasured = token_ids[others] if bool(others.any()) else token_ids
+        self.measures_others = int(others.sum()) >= len(chosen)
+        self.unmeasured = token_ids[others] if self.measures_others else token_ids
         token_ids = token_ids[chosen]
         self.batches = token_ids.split(max(1, LOGIT_BYTES_AT_ONCE // row_bytes))
         self.log_probs = [self._log_probs(batch) for batch in self.batches]

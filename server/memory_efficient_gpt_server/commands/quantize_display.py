@@ -123,10 +123,16 @@ def _summary(job: Job, outcome: Outcome) -> str:
         some = f"{measured:,} of " if measured < calibrated else ""
         lines.append(f"measured on {some}{calibrated:,} tokens of {_text_name(job)}, "
                      f"in {outcome.measured_in}")  # fmt: skip
+        if not outcome.on_others:
+            lines.append("weights were rounded with the same tokens, so on others it differs more: give a "
+                         "longer text to know")  # fmt: skip
     before = f"{outcome.bytes_before:,} bytes"
-    if outcome.rounding:
-        others = [f"{count} by search: {why}" for why, count in outcome.searched.items()]
-        lines.append("; ".join((f"rounded by {outcome.rounding}", *others)))
+    if outcome.rounded:
+        ways = ", ".join(f"{how} ({_layers(count)})" for how, count in outcome.rounded.items())
+        others = [f"{_layers(count)} not by gptq: {why}" for why, count in outcome.searched.items()]
+        lines.append("; ".join((f"rounded by {ways}", *others)))
+    elif job.rounding == "gptq":
+        lines.append("predicted for codes found by search; gptq, by which --out rounds, loses less")
     if outcome.plan is not None and job.out is None:
         lines.append(f"these weights: {outcome.plan.num_bytes:,} bytes; the checkpoint now: {before}")
     if outcome.bytes_after is not None:
@@ -149,8 +155,9 @@ def _as_json(job: Job, outcome: Outcome) -> dict[str, Any]:
         "measured_on": _text_name(job) if outcome.measured_tokens else None,
         "measured_tokens": outcome.measured_tokens,
         "calibration_tokens": outcome.calibration_tokens,
-        "rounding": outcome.rounding or None,
-        "searched": outcome.searched,
+        "rounded": outcome.rounded,
+        "not_as_asked": outcome.searched,
+        "measured_on_other_texts": outcome.on_others if outcome.measured_tokens else None,
         "predicted_kl": None if plan is None else plan.divergence,
         "measured_kl": outcome.divergence,
         "schemes": {name: str(scheme) for name, scheme in outcome.schemes.items()},
@@ -172,6 +179,10 @@ def _groups_as_json(plan: MixedPlan) -> list[dict[str, Any]]:
         }
         for measured, chosen in zip(plan.groups, plan.chosen, strict=True)
     ]
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' if count != 1 else ''}"
 
 
 def _text_name(job: Job) -> str:

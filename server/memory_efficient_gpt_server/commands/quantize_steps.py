@@ -51,7 +51,8 @@ class Outcome:
     """What was found and written. divergence: of the quantized model, measured; None without a text.
 
     measured_tokens: those of the text on which predictions are compared, of calibration_tokens that tell what
-    goes into layers. rounding: how weights were rounded; searched: how many were otherwise, by why.
+    goes into layers. rounded: layers by how; searched: those that were not as asked for, by why. on_others:
+    whether predictions were compared on other texts than weights were rounded with.
     """
 
     bits_per_weight: float
@@ -63,8 +64,9 @@ class Outcome:
     measured_in: str = ""
     bytes_after: int | None = None
     divergence: float | None = None
-    rounding: str = ""
+    rounded: dict[str, int] = field(default_factory=dict)
     searched: dict[str, int] = field(default_factory=dict)
+    on_others: bool = True
 
 
 def carry_out(job: Job, progress: Progress) -> Outcome:
@@ -92,7 +94,9 @@ def carry_out(job: Job, progress: Progress) -> Outcome:
     if job.out is not None:
         unmeasured = reference.unmeasured if reference is not None else None
         report = _quantize(job, model, schemes, quantizer, unmeasured, progress)
-        outcome.rounding, outcome.searched = job.rounding, dict(report.searched)
+        outcome.rounded, outcome.searched = dict(report.rounded), dict(report.searched)
+        if reference is not None and "gptq" in report.rounded:
+            outcome.on_others = reference.measures_others
         outcome.divergence = reference.divergence() if reference is not None else None
         progress("writing", str(job.out), 0.0)
         cast(torch.nn.Module, model).to(stored)  # transformers wraps `to` without types
@@ -117,7 +121,7 @@ def _dtype(job: Job, stored: torch.dtype) -> torch.dtype:
 def _text(job: Job, model: PreTrainedModel, progress: Progress) -> torch.Tensor:
     if job.text is not None:
         return job.text
-    usual = GPTQ_GENERATED_TOKENS if job.rounding == "gptq" and job.out is not None else SELF_GENERATED_TOKENS
+    usual = GPTQ_GENERATED_TOKENS if job.rounding == "gptq" else SELF_GENERATED_TOKENS
     num_tokens = job.generated_tokens or usual
     return self_generated(model, num_tokens, job.seed, progress=partial(progress, "calibrating"))
 

@@ -108,12 +108,15 @@ def test_windows_and_softcaps_that_it_was_built_without() -> None:
     step = step_of([9], [9])
     assert refused(kernel, step, AttentionOptions(0.25, window=8))
     assert refused(kernel, step, AttentionOptions(0.25, softcap=3.0))
+    compare(kernel, step, AttentionOptions(0.25, window=9))  # hides nothing, and is not asked for
 
 
 def test_sizes_from_which_on_it_is_used() -> None:
     package: FlashPackage = FlashAttention3(Package("flash"))
     whole = FlashPrompts(package, DIM, True, least_whole=12, least_later=None)
-    assert refused(whole, step_of([11], [11])) and not refused(whole, step_of([6, 6], [6, 6]))
+    assert refused(whole, step_of([11, 11], [11, 11])) and not refused(whole, step_of([12, 6], [12, 6]))
+    pieces = FlashPrompts(package, DIM, False, least_whole=12)
+    assert refused(pieces, step_of([12, 6], [12, 6])), "a call for each prompt"
     assert refused(whole, step_of([12], [13]))
     later = FlashPrompts(package, DIM, True, least_whole=None, least_later=5)
     assert refused(later, step_of([12], [12])) and not refused(later, step_of([12], [13]))

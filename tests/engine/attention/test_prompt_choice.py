@@ -174,3 +174,18 @@ def test_thresholds_stop_at_the_first_size_that_another_wins() -> None:
 
 def test_the_sizes_that_are_timed_begin_where_a_step_is_no_longer_captured() -> None:
     assert TIMED_TOKENS == (512, 2048)
+
+
+def test_a_kernel_that_fails_at_a_size_is_not_used_there(
+    install: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Small(Package):
+        def flash_attn_with_kvcache(self, q: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            if len(q) == 24:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().flash_attn_with_kvcache(q, *arguments, **options)
+
+    install(flash_attn_interface=Small("flash"))
+    kernels, notes = choose_prompt_kernels(trial(), CUDNN, clock(2.0, 1.0, 2.0, 2.0, 1.0, 2.0))
+    assert kernels == [CUDNN] and notes[0].startswith("FlashAttention-3 is installed, but not ahead")
+    assert "FlashAttention-3 can't compute 24 tokens: CUDA out of memory" in caplog.text

@@ -319,9 +319,12 @@ def test_gptq_is_nearer_on_other_texts_and_says_what_was_searched(name: str) -> 
             plan = uniform_plan(find_layers(model), parse_scheme("int4"))
             report = quantize_model(model, plan, rounding=rounding, text=text)
             errors[rounding] = float((model(others).logits - want).square().mean())
-            assert ("by search" in report.summary()) == bool(report.searched)
+            assert ("not by gptq" in report.summary()) == bool(report.searched)
     assert errors["gptq"] < 0.9 * errors["search"]
-    assert dict(report.searched) == ({"stacked experts": 4} if name == "mixtral" else {})
+    embedding = {} if name == "gpt2" else {"an embedding multiplies nothing": 1}
+    assert dict(report.searched) == embedding | ({"stacked experts": 4} if name == "mixtral" else {})
+    assert sum(report.rounded.values()) == len(report.schemes)
+    assert report.rounded["search"] == sum(report.searched.values())
 
 
 def test_gptq_without_a_text_or_elsewhere_is_refused() -> None:

@@ -13,7 +13,8 @@
 
 namespace megpt {
 
-constexpr int64_t kLeastAmxRows = 13;  // below, tiles are emptier than registers
+// Rows for which tiles are ahead: fewer leave them emptier than registers, and of 17 to 20 most of the second is empty.
+inline bool suits_tiles(int64_t rows) { return (rows >= 13 && rows <= 16) || rows > 20; }
 
 namespace amx {
 
@@ -206,7 +207,8 @@ void multiply_all(const QuantizedProblem& p, const Rounded& x, int64_t tiles) {
     const int team = useful_threads(p.s.threads, std::max(p.products() / 800e3, p.bytes() / 20e3));
     parallel_for(tiles, tiles >= 4 ? team : 1, [&](int64_t tile) { round_rows<E>(p, x, tile); });
     const Shapes shapes(p.s.span);
-    const int64_t step = tiles == 1 ? 1 : kPartBlocks, blocks = p.blocks();
+    const int64_t blocks = p.blocks();
+    const int64_t step = tiles == 1 ? 1 : std::min(kPartBlocks, ceil_div(blocks, 4 * team));
     parallel_for(ceil_div(blocks, step), team, [&](int64_t item) {
         shapes.load();
         for (int64_t first = 0; first < tiles; first += kPartTiles)

@@ -143,7 +143,7 @@ void quantized_linear(Problem& p) {
     static thread_local Scratch scratch;
     if (p.s.M == 0 || p.s.N == 0) return;
 #if defined(MEGPT_AMX)
-    if (p.s.M >= kLeastAmxRows && amx_permitted()) return amx::multiply<E>(p);
+    if (amx_permitted() && suits_tiles(p.s.M)) return amx::multiply<E>(p);
 #endif
     p.panels = ceil_div(p.s.M, kMaxRows);
     const size_t rows = static_cast<size_t>(p.s.M * p.s.spans);
