@@ -1,4 +1,4 @@
-"""Draws quality over bits per weight from the records of `benchmarks.quality` (needs matplotlib).
+"""Draws quality over bits per weight from the records of `benchmarks.quality` (needs matplotlib and Pillow).
 
 Purpose: one panel for each record: loss of perplexity against stored bits, mixed plans as a line.
 Does not know: how the numbers came about.
@@ -58,6 +58,7 @@ def draw(record: dict[str, Any], axis: Any) -> None:
 def main() -> None:
     """Command line: records -> PNG."""
     import matplotlib.pyplot as plt  # type: ignore[import-not-found, unused-ignore]
+    from PIL import Image  # type: ignore[import-not-found, unused-ignore]
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot_quality", description=__doc__)
     parser.add_argument("records", type=Path, nargs="+")
@@ -68,6 +69,8 @@ def main() -> None:
     for path, axis in zip(options.records, axes[0], strict=True):
         draw(json.loads(path.read_text()), axis)
     figure.savefig(options.out, dpi=100)
+    with Image.open(options.out) as image:  # a third of the bytes: few colours are enough for lines
+        image.convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(options.out, optimize=True)
 
 
 if __name__ == "__main__":
