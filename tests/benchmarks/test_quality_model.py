@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import quality, quality_model
 from benchmarks.quality_model import CONFIG, main, read_corpus
-from benchmarks.quality_rows import BITSANDBYTES, UNIFORM, Books, Quality
+from benchmarks.quality_rows import BITSANDBYTES, GPTQ, UNIFORM, Books, Quality
 from memory_efficient_gpt.loading import resolve_model
 from training.architectures import make_model, num_parameters
 from training.corpus import read_books
@@ -58,6 +58,7 @@ def test_trains_a_model_and_measures_every_scheme(
     assert "float32" in record["arithmetic"] and "not rounded" in record["arithmetic"]
     names = [row["name"] for row in record["rows"]]
     ours = ["bf16", *(f"{scheme}, {rounding}" for scheme, rounding in UNIFORM), "int4, weighted search"]
+    ours += [f"{scheme}, gptq" for scheme in GPTQ]
     assert names[: len(ours) + 2] == [*ours, "mixed, 5 bits", "mixed, 6 bits"]
     theirs = {f"bitsandbytes {kind}" for kind in BITSANDBYTES}
     assert set(names[len(ours) + 2 :]) | set(record["left_out"]) == theirs
