@@ -24,6 +24,7 @@ from memory_efficient_gpt_server.commands import quantize_steps
 
 MODEL = "demo-draft"
 QUICK = ("--calibrate-tokens", "64")
+WRITTEN = 2560
 
 
 @dataclass
@@ -36,6 +37,12 @@ class Done:
 
 
 Quantize = Callable[..., Done]
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the model writes unless a length is named."""
+    monkeypatch.setattr(quantize_steps, "GPTQ_GENERATED_TOKENS", WRITTEN)
 
 
 @pytest.fixture
@@ -132,7 +139,7 @@ def test_calibration_changes_what_is_written(quantize: Quantize, tmp_path: Path)
 def test_a_text_makes_gptq_the_rounding_unless_another_is_named(quantize: Quantize, tmp_path: Path) -> None:
     kl: dict[str, float] = {}
     for name, more in (("gptq", ()), ("search", ("--rounding", "search"))):
-        words = ("--scheme", "int4-g128", "--calibrate-tokens", "6000", "--json", *more)
+        words = ("--scheme", "int4-g128", "--calibrate-tokens", "4096", "--json", *more)
         report = json.loads(quantize(*words, "--out", str(tmp_path / name)).out)
         assert set(report["rounded"]) == {name} and report["measured_on_other_texts"]
         kl[name] = report["measured_kl"]
@@ -161,11 +168,11 @@ def test_a_plan_is_what_would_be_written(quantize: Quantize, tmp_path: Path) -> 
     written = json.loads(quantize(*budget, "--out", str(tmp_path / "out")).out)
     assert plan["schemes"] == written["schemes"]
     assert plan["predicted_kl"] == pytest.approx(written["predicted_kl"], rel=1e-6)
-    assert plan["calibration_tokens"] == written["calibration_tokens"] == 16384
+    assert plan["calibration_tokens"] == written["calibration_tokens"] == WRITTEN
     assert written["measured_kl"] < plan["predicted_kl"], (
         "gptq loses less than the search by which plans are made"
     )
-    assert "predicted for codes found by search" in quantize("--bits-per-weight", "5", "--plan").out
+    assert "predicted for codes found by search" in quantize(*budget[:2], "--plan", *QUICK).out
 
 
 def test_rules_and_rounding_reach_the_weights(quantize: Quantize, tmp_path: Path) -> None:
