@@ -22,6 +22,8 @@ from memory_efficient_gpt_server.commands.serve import listen
 from memory_efficient_gpt_server.deps import Server
 from memory_efficient_gpt_server.models import ModelCatalog, ServedModel
 from memory_efficient_gpt_server.settings import Settings, load_settings
+from tests.server.quantize_runs import quantize as quantize
+from tests.server.quantize_runs import unloadable as unloadable
 from tests.server.scripted_model import ScriptedEngine
 from tests.server.staged_models import Start, stage_starter
 

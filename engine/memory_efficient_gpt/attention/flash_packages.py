@@ -63,14 +63,25 @@ class PagedRows:
     longest_context: int
 
 
-class FlashAttention3:
-    """By `flash_attn_interface`, built from the package's `hopper` folder."""
-
-    name = "FlashAttention-3"
+class _Installed:
+    """A package as a module; both versions attend a whole prompt by the same function."""
 
     def __init__(self, module: Any) -> None:
         """module: the package's."""
         self._module = module
+
+    def whole(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
+    ) -> torch.Tensor:
+        """See FlashPackage."""
+        batch = (part.unsqueeze(0) for part in (query, key, value))
+        return _only(self._module.flash_attn_func(*batch, **_settings(options)))[0]
+
+
+class FlashAttention3(_Installed):
+    """By `flash_attn_interface`, built from the package's `hopper` folder."""
+
+    name = "FlashAttention-3"
 
     def paged(
         self, query: torch.Tensor, cache: LayerCache, step: PagedRows, options: AttentionOptions
@@ -83,21 +94,11 @@ class FlashAttention3:
             )
         )  # fmt: skip
 
-    def whole(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
-    ) -> torch.Tensor:
-        """See FlashPackage."""
-        return _whole(self._module, query, key, value, options)
 
-
-class FlashAttention2:
+class FlashAttention2(_Installed):
     """By `flash_attn`."""
 
     name = "FlashAttention-2"
-
-    def __init__(self, module: Any) -> None:
-        """module: the package's."""
-        self._module = module
 
     def paged(
         self, query: torch.Tensor, cache: LayerCache, step: PagedRows, options: AttentionOptions
@@ -109,12 +110,6 @@ class FlashAttention2:
                 step.longest_context, block_table=step.tables, **_settings(options),
             )
         )  # fmt: skip
-
-    def whole(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
-    ) -> torch.Tensor:
-        """See FlashPackage."""
-        return _whole(self._module, query, key, value, options)
 
 
 class TorchFlash:
@@ -238,13 +233,6 @@ def _settings(options: AttentionOptions) -> dict[str, Any]:
         "softmax_scale": options.scale, "causal": True, "window_size": window,
         "softcap": options.softcap or 0.0,
     }  # fmt: skip
-
-
-def _whole(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: AttentionOptions
-) -> torch.Tensor:
-    batch = (part.unsqueeze(0) for part in (query, key, value))
-    return _only(module.flash_attn_func(*batch, **_settings(options)))[0]
 
 
 def _only(result: Any) -> torch.Tensor:
